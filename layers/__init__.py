@@ -1,0 +1,1 @@
+"""Layers whose weights, not activations, are dropped."""

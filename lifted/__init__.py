@@ -1,0 +1,1 @@
+"""Lifted automatic differentiation: one call site for Linen modules, scopes and NNX modules."""
