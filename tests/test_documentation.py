@@ -1,4 +1,4 @@
-"""Every Python block of README.md, CONTRIBUTING.md and docs/*.md runs, in order, as its reader would."""
+"""Every Python block of README.md, CONTRIBUTING.md and docs/*.md runs, from top to bottom."""
 
 from __future__ import annotations
 
