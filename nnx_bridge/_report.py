@@ -1,0 +1,222 @@
+"""What a comparison found: rows, one for each array and route, and the verdict over all.
+
+The programs that are compared hold the same equations, so their results are expected to be equal to
+the bit. XLA may still fuse or order the equations of two programs differently, and then a result
+moves by a few roundings of the largest value in its array: `eps * max|reference|`. That is the unit
+errors are stated in, for the dtype of the array, and `TOLERANCE` of them still count as equal. Real
+faults are larger by orders of magnitude. Integers, booleans and keys must be equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+TOLERANCE = 16.0
+
+
+class Verdict(enum.Enum):
+    """How an array compares with its reference."""
+
+    EQUAL = "equal"
+    ROUNDING = "equal up to rounding"
+    DIFFERS = "differs"
+    NAN = "not a number"
+    MISSING = "missing"
+    UNEXPECTED = "unexpected"
+    MISMATCH = "other shape or dtype"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the arrays count as equal."""
+        return self in (Verdict.EQUAL, Verdict.ROUNDING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One array of one route beside the same array of raw JAX."""
+
+    what: str
+    route: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    max_error: float
+    max_roundings: float
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found."""
+
+    name: str
+    rows: tuple[Row, ...]
+    seed: int
+    versions: Mapping[str, str]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every array agrees, and there was something to compare."""
+        return bool(self.rows) and all(row.verdict.agrees for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that do not agree."""
+        return tuple(row for row in self.rows if not row.verdict.agrees)
+
+    def assert_equal(self) -> None:
+        """Raises AssertionError with the rows that do not agree, if there are any."""
+        if not self.agrees:
+            lines = (f"{r.what} of {r.route}, {r.path}: {_finding(r)}" for r in self.failures)
+            raise AssertionError("\n  ".join([f"{self.name} does not agree:", *lines]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data; errors that are no finite number are `null`."""
+        rows = [
+            {key: _json_value(value) for key, value in vars(row).items()} for row in self.rows
+        ]
+        return {
+            "name": self.name,
+            "agrees": self.agrees,
+            "seed": self.seed,
+            "tolerance_in_roundings": TOLERANCE,
+            "versions": dict(self.versions),
+            "rows": rows,
+        }
+
+    def __rich__(self) -> RenderableType:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        table = Table(
+            title=f"{self.name}: Linen, and Linen hosted as NNX, against raw JAX",
+            caption=f"errors in roundings, eps * max|reference|; seed {self.seed}; {versions}",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for heading in ("compared", "program", "arrays", "worst error", "roundings", "verdict"):
+            right = heading in ("arrays", "worst error", "roundings")
+            table.add_column(heading, justify="right" if right else "left")
+        for (what, route), group in itertools.groupby(self.rows, lambda r: (r.what, r.route)):
+            table.add_row(what, route, *_summary(list(group)))
+        failures = [
+            Text(f"  {row.what} of {row.route}, {row.path}: {_finding(row)}", style="red")
+            for row in self.failures
+        ]
+        return Group(table, *failures, _conclusion(self))
+
+
+def compare_arrays(
+    what: str, route: str, actual: Mapping[str, Any], reference: Mapping[str, Any]
+) -> Iterator[Row]:
+    """A row for each array that either side has.
+
+    Args:
+        what: What the arrays are, such as "output".
+        route: Which program computed `actual`.
+        actual: Arrays by path.
+        reference: The arrays that they should equal.
+    """
+    for path in dict.fromkeys([*reference, *actual]):
+        found, expected = actual.get(path), reference.get(path)
+        shown = found if expected is None else expected
+        error, roundings, verdict = _compare(found, expected)
+        yield Row(
+            what, route, path, np.shape(shown), str(shown.dtype), error, roundings, verdict
+        )
+
+
+def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
+    if actual is None or reference is None:
+        return math.nan, math.nan, Verdict.MISSING if actual is None else Verdict.UNEXPECTED
+    if actual.shape != reference.shape or actual.dtype != reference.dtype:
+        return math.nan, math.nan, Verdict.MISMATCH
+    inexact = jnp.issubdtype(reference.dtype, jnp.inexact)
+    eps = float(jnp.finfo(reference.dtype).eps) if inexact else 0.0
+    actual, reference = _wide(actual), _wide(reference)
+    if np.isnan(actual).any() or np.isnan(reference).any():
+        return math.nan, math.nan, Verdict.NAN
+    same = actual == reference
+    if same.all():
+        return 0.0, 0.0, Verdict.EQUAL
+    with np.errstate(invalid="ignore"):
+        error = float(np.abs(actual - reference)[~same].max())
+    unit = eps * float(np.abs(reference).max())
+    roundings = error / unit if unit > 0 else math.inf
+    return error, roundings, Verdict.ROUNDING if roundings <= TOLERANCE else Verdict.DIFFERS
+
+
+def _wide(array: Any) -> np.ndarray[Any, Any]:
+    """The values in a type that holds those of every narrower one."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    values = np.asarray(array)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return values.astype(np.complex128)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return values.astype(np.float64)
+    # Differences of Python integers neither wrap around nor lose digits.
+    return values.astype(object)
+
+
+def _summary(rows: list[Row]) -> tuple[str | Text, ...]:
+    bad = [row for row in rows if not row.verdict.agrees]
+    if bad:
+        verdict = Text(f"{len(bad)} of {len(rows)} {bad[0].verdict.value}", style="bold red")
+    elif all(row.verdict is Verdict.EQUAL for row in rows):
+        verdict = Text(Verdict.EQUAL.value, style="green")
+    else:
+        verdict = Text(Verdict.ROUNDING.value, style="yellow")
+    errors = _largest(row.max_error for row in rows), _largest(row.max_roundings for row in rows)
+    return str(len(rows)), *map(_number, errors), verdict
+
+
+def _conclusion(report: Report) -> Text:
+    arrays = len(report.rows)
+    if not report.rows:
+        return Text(f"{report.name}: nothing was compared", style="bold red")
+    if not report.agrees:
+        parts = f"{len(report.failures)} of {arrays} comparisons failed"
+        return Text(f"{report.name}: {parts}", style="bold red")
+    exact = sum(row.verdict is Verdict.EQUAL for row in report.rows)
+    how = "to the bit" if exact == arrays else f"{exact} to the bit, the rest up to rounding"
+    return Text(f"{report.name}: all {arrays} comparisons agree, {how}", style="bold green")
+
+
+def _finding(row: Row) -> str:
+    if row.verdict is not Verdict.DIFFERS:
+        return row.verdict.value
+    return (
+        f"differs by {_number(row.max_error)}, {_number(row.max_roundings)} roundings of "
+        f"{row.dtype}{list(row.shape)}; at most {TOLERANCE:g} are allowed"
+    )
+
+
+def _largest(errors: Iterable[float]) -> float:
+    values = list(errors)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Verdict):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return json.loads(json.dumps(value))
