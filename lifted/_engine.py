@@ -1,0 +1,186 @@
+"""What the transforms share: the checks of a call, the pure function that is differentiated, and
+the publishing.
+
+A transform makes a `Call`, gives the pure function of `Call.pure` to a raw JAX transform, and
+returns through `Call.finish`, which writes the updates to the target.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lifted._errors import describe, dtype_of, suggestion
+from lifted._functional import Filter, Functional, Updates, Variables, functionalize, is_target
+from lifted._inputs import Inputs
+
+Attempt = Callable[[Variables], tuple[Any, Updates]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a transform, checked."""
+
+    name: str
+    fn: Callable[..., Any]
+    functional: Functional
+    primals: tuple[Any, ...]
+    has_aux: bool
+
+    @classmethod
+    def make(
+        cls,
+        name: str,
+        fn: Callable[..., Any],
+        mdl: Any,
+        primals: Sequence[Any],
+        *,
+        has_aux: bool = False,
+        variables: Filter = True,
+        frozen: Filter = False,
+        rngs: Filter = True,
+    ) -> "Call":
+        """Checks the arguments that all transforms share, and functionalises ``mdl``.
+
+        Raises:
+          TypeError: ``fn`` is not callable, or a module or a module class; a module is among the
+            primals.
+        """
+        functional = functionalize(mdl, variables=variables, frozen=frozen, rngs=rngs)
+        fn = _unbound(name, fn)
+        for i, leaf in enumerate(primals):
+            if any(map(is_target, jax.tree.leaves(leaf, is_leaf=is_target))):
+                raise TypeError(
+                    f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be a pytree: "
+                    f"lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
+                )
+        return cls(name, fn, functional, tuple(primals), has_aux)
+
+    def pure(
+        self, inputs: Inputs, check: Callable[[Any], None] | None = None
+    ) -> Callable[..., Any]:
+        """The function of the differentiated leaves that returns ``(y, (aux, updates))``.
+
+        Args:
+          inputs: which leaves are differentiated, and the values of the others.
+          check: called with the result of ``fn``; raises where the transform cannot take it.
+        """
+
+        def pure(values: Sequence[Any]) -> tuple[Any, tuple[Any, Updates]]:
+            variables, primals = inputs.merge(values)
+            out, updates = self.functional(variables, self.fn, *primals)
+            y, aux = self._split_aux(out)
+            if check is not None:
+                check(y)
+            return y, (aux, updates)
+
+        return pure
+
+    def finish(
+        self,
+        attempt: Attempt,
+        selected: Filter,
+        validate: Callable[[Variables], None] | None = None,
+    ) -> Any:
+        """The result of ``attempt``, with its updates published.
+
+        Inside Linen's ``init`` the variables that are to be differentiated may not exist before
+        ``fn`` has run. Then the transform runs again with those that the first run created. What is
+        published is from the first run.
+
+        Args:
+          attempt: runs the transform with the given variables; returns its result and the updates.
+          selected: filter of the variables that are differentiated.
+          validate: raises where the variables, all of which exist by now, are not what the caller's
+            arguments say.
+        """
+        functional = self.functional
+        validate = validate or (lambda variables: None)
+        if not functional.initializing:
+            validate(functional.variables)
+        result, updates = attempt(functional.variables)
+        if functional.initializing:
+            extended = functional.extend(functional.variables, updates, selected)
+            validate(functional.variables if extended is None else extended)
+            if extended is not None:
+                result, _ = attempt(extended)
+        functional.publish(updates)
+        return result
+
+    def _split_aux(self, out: Any) -> tuple[Any, Any]:
+        if any(map(is_target, jax.tree.leaves(out, is_leaf=is_target))):
+            raise TypeError(
+                f"{self.name}: fn returned a module or a scope; return the arrays that are wanted of it."
+            )
+        if not self.has_aux:
+            return out, None
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            got = f"{len(out)} values" if isinstance(out, (tuple, list)) else describe(out)
+            raise TypeError(
+                f"{self.name}: with has_aux=True fn must return a pair (output, aux), got {got}."
+            )
+        y, aux = out
+        return y, aux
+
+
+def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
+    """A check that the output of ``fn`` is a scalar that has a gradient."""
+
+    def check(y: Any) -> None:
+        if jax.tree.structure(y) != jax.tree.structure(0):
+            raise TypeError(
+                f"{name}: fn must return a scalar, got {jax.tree.structure(y)}. For a pair (output, aux) pass "
+                "has_aux=True; for outputs that are not scalar use lifted.vjp or lifted.jacrev."
+            )
+        if np.shape(y) != ():
+            raise ValueError(
+                f"{name}: fn must return a scalar, got {describe(y)}. Reduce it, for example with .sum(), or use "
+                "lifted.vjp or lifted.jacrev."
+            )
+        kind = np.complexfloating if holomorphic else np.floating
+        if not isinstance(y, (float, complex)) and not jnp.issubdtype(dtype_of(y), kind):
+            raise TypeError(
+                f"{name}: fn must return a {'complex' if holomorphic else 'real'} scalar, got {describe(y)}."
+                + (
+                    " For a holomorphic function pass holomorphic=True."
+                    if np.iscomplexobj(y)
+                    else ""
+                )
+            )
+
+    return check
+
+
+def check_selects(call: Call, selected: Filter, argument: str) -> Callable[[Variables], None]:
+    """A check that a filter of variables to differentiate selects any."""
+
+    def check(variables: Variables) -> None:
+        if not any(jax.tree.leaves(call.functional.match(variables, selected))):
+            raise ValueError(
+                f"{call.name}: {argument}={selected!r} selects no variable of mdl; "
+                f"{suggestion(selected, call.functional.names(variables))}."
+            )
+
+    return check
+
+
+def _unbound(name: str, fn: Any) -> Callable[..., Any]:
+    """``fn`` as a function whose first argument is the target."""
+    if isinstance(fn, type):
+        raise TypeError(
+            f"{name}: fn is the class {fn.__name__}; pass a function of an instance and the primals, such as "
+            f"lambda mdl, x: mdl(x), and the instance as mdl."
+        )
+    if is_target(fn):
+        raise TypeError(
+            f"{name}: fn is a module; pass a function of it, such as lambda mdl, x: mdl(x)."
+        )
+    if not callable(fn):
+        raise TypeError(f"{name}: fn must be callable, got {describe(fn)}.")
+    if inspect.ismethod(fn) and is_target(fn.__self__):
+        return fn.__func__
+    return fn
