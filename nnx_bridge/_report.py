@@ -86,9 +86,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON data; errors that are no finite number are `null`."""
-        rows = [
-            {key: _json_value(value) for key, value in vars(row).items()} for row in self.rows
-        ]
+        rows = [{key: _json_value(value) for key, value in vars(row).items()} for row in self.rows]
         return {
             "name": self.name,
             "agrees": self.agrees,
@@ -134,9 +132,7 @@ def compare_arrays(
         found, expected = actual.get(path), reference.get(path)
         shown = found if expected is None else expected
         error, roundings, verdict = _compare(found, expected)
-        yield Row(
-            what, route, path, np.shape(shown), str(shown.dtype), error, roundings, verdict
-        )
+        yield Row(what, route, path, np.shape(shown), str(shown.dtype), error, roundings, verdict)
 
 
 def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
