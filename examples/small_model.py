@@ -1,6 +1,6 @@
 """The smallest thing to check: a Linen network with statistics and dropout.
 
-    flaxlift check examples.small_model:mlp
+flaxlift check examples.small_model:mlp
 """
 
 import jax

@@ -173,6 +173,11 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     return model._linen.module, _variables(model)
 
 
+def default_mutable(variables: Variables) -> CollectionFilter:
+    """The collections that a call of a host may change where nobody said which."""
+    return [name for name in variables if name not in _NOT_STATISTICS] or False
+
+
 def check_linen_module(module: Any) -> nn.Module:
     """The module, if it is an instance of a Linen module class.
 
@@ -203,10 +208,7 @@ class _Program:
         self, override: CollectionFilter | None, variables: Variables
     ) -> CollectionFilter:
         chosen = self._mutable if override is None else override
-        if chosen is not None:
-            return chosen
-        held = [name for name in variables if name not in _NOT_STATISTICS]
-        return held or False
+        return default_mutable(variables) if chosen is None else chosen
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Program):
