@@ -101,7 +101,7 @@ def load_case(target: str) -> Case:
     if isinstance(factory, Case):
         return factory
     if not callable(factory):
-        raise CaseError(f"{target} is a {type(factory).__name__}; expected a function")
+        raise CaseError(f"{target} is no function, but of type {type(factory).__name__}")
     try:
         made = factory()
     except Exception as error:

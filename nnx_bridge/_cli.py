@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from nnx_bridge._case import CaseError, load_case
 from nnx_bridge._equivalence import STEPS, check
@@ -71,8 +72,8 @@ def check_command(
         except CaseError as error:
             if traceback:
                 messages.print_exception()
-            messages.print(f"[bold red]error:[/] {target}: ", end="")
-            messages.print(str(error), markup=False, highlight=False)
+            where = "" if target in str(error) else f"{target}: "
+            messages.print(Text.assemble(("error: ", "bold red"), where, str(error)))
             raise typer.Exit(2) from error
         console.print(reports[-1])
     if json_file is not None:
@@ -82,7 +83,7 @@ def check_command(
 
 
 def _check(target: str, seed: int, messages: Console) -> Report:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=messages, transient=True) as progress:
         task = progress.add_task(f"{target}: import", total=STEPS + 1)
 

@@ -142,8 +142,10 @@ def compare_arrays(
     for path in dict.fromkeys([*reference, *actual]):
         found, expected = actual.get(path), reference.get(path)
         error, roundings, verdict = _compare(found, expected)
+        note = _not_a_number(found, expected) if verdict is Verdict.NAN else ""
         shown: Any = found if expected is None else expected
-        yield Row(what, route, path, np.shape(shown), str(shown.dtype), error, roundings, verdict)
+        shape, dtype = np.shape(shown), str(shown.dtype)
+        yield Row(what, route, path, shape, dtype, error, roundings, verdict, note)
 
 
 def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
@@ -154,7 +156,7 @@ def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
     inexact = jnp.issubdtype(reference.dtype, jnp.inexact)
     eps = float(jnp.finfo(reference.dtype).eps) if inexact else 0.0
     actual, reference = _wide(actual), _wide(reference)
-    if np.isnan(actual).any() or np.isnan(reference).any():
+    if inexact and (np.isnan(actual).any() or np.isnan(reference).any()):
         return math.nan, math.nan, Verdict.NAN
     same = actual == reference
     if same.all():
@@ -164,6 +166,11 @@ def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
     unit = eps * float(np.abs(reference).max())
     roundings = error / unit if unit > 0 else math.inf
     return error, roundings, Verdict.ROUNDING if roundings <= TOLERANCE else Verdict.DIFFERS
+
+
+def _not_a_number(actual: Any, reference: Any) -> str:
+    here, there = (int(np.isnan(_wide(array)).sum()) for array in (actual, reference))
+    return f"{here} of {actual.size} values, and {there} in raw JAX"
 
 
 def _wide(array: Any) -> np.ndarray[Any, Any]:
