@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter
+from flax.core.scope import CollectionFilter, in_filter
 
 from nnx_bridge import _collections as collections
 from nnx_bridge._collections import Path, Variables
@@ -141,12 +141,14 @@ class Host(Node):
             *args,
             rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
             method=method,
-            mutable=(filter := self._linen.mutable_collections(mutable, variables)),
+            mutable=(changeable := self._linen.mutable_collections(mutable, variables)),
             **kwargs,
         )
-        if filter is False:
+        if changeable is False:
             return result
         output, updates = result
+        if in_filter(changeable, "intermediates"):
+            updates = {"intermediates": {}, **updates}
         _write(self, updates)
         return output
 
@@ -255,7 +257,10 @@ def _variables(model: Host) -> dict[str, Any]:
 
 
 def _write(model: Host, updates: Variables) -> None:
-    """Writes updated collections into the tree, with new Variables for what is new."""
+    """Writes updated collections into the tree, with new Variables for what is new.
+
+    What is sown is replaced as a whole: values of an earlier call are removed.
+    """
     held = dict(_items(model))
     new = dict(collections.flatten(updates))
     for path, value in new.items():
