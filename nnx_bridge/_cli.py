@@ -84,7 +84,14 @@ def check_command(
 
 def _check(target: str, seed: int, messages: Console) -> Report:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=messages, transient=True) as progress:
+    progress = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=messages,
+        transient=True,
+        disable=not messages.is_terminal,
+    )
+    with progress:
         task = progress.add_task(f"{target}: import", total=STEPS + 1)
 
         def begin(what: str) -> None:
