@@ -17,6 +17,7 @@ import numpy as np
 from lifted._errors import describe, dtype_of, suggestion
 from lifted._functional import Filter, Functional, Updates, Variables, functionalize, is_target
 from lifted._inputs import Inputs
+from lifted._trees import structure
 
 Attempt = Callable[[Variables], tuple[Any, Updates]]
 
@@ -55,7 +56,8 @@ class Call:
         for i, leaf in enumerate(primals):
             if any(map(is_target, jax.tree.leaves(leaf, is_leaf=is_target))):
                 raise TypeError(
-                    f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be a pytree: "
+                    f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be "
+                    "a pytree: "
                     f"lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
                 )
         return cls(name, fn, functional, tuple(primals), has_aux)
@@ -114,7 +116,8 @@ class Call:
     def _split_aux(self, out: Any) -> tuple[Any, Any]:
         if any(map(is_target, jax.tree.leaves(out, is_leaf=is_target))):
             raise TypeError(
-                f"{self.name}: fn returned a module or a scope; return the arrays that are wanted of it."
+                f"{self.name}: fn returned a module or a scope; return the arrays that are wanted "
+                "of it."
             )
         if not self.has_aux:
             return out, None
@@ -131,20 +134,23 @@ def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
     """A check that the output of ``fn`` is a scalar that has a gradient."""
 
     def check(y: Any) -> None:
-        if jax.tree.structure(y) != jax.tree.structure(0):
+        if structure(y) != structure(0):
             raise TypeError(
-                f"{name}: fn must return a scalar, got {jax.tree.structure(y)}. For a pair (output, aux) pass "
+                f"{name}: fn must return a scalar, got {structure(y)}. For a pair "
+                "(output, aux) pass "
                 "has_aux=True; for outputs that are not scalar use lifted.vjp or lifted.jacrev."
             )
         if np.shape(y) != ():
             raise ValueError(
-                f"{name}: fn must return a scalar, got {describe(y)}. Reduce it, for example with .sum(), or use "
+                f"{name}: fn must return a scalar, got {describe(y)}. Reduce it, for example with "
+                ".sum(), or use "
                 "lifted.vjp or lifted.jacrev."
             )
         kind = np.complexfloating if holomorphic else np.floating
         if not isinstance(y, (float, complex)) and not jnp.issubdtype(dtype_of(y), kind):
             raise TypeError(
-                f"{name}: fn must return a {'complex' if holomorphic else 'real'} scalar, got {describe(y)}."
+                f"{name}: fn must return a {'complex' if holomorphic else 'real'} scalar, got "
+                f"{describe(y)}."
                 + (
                     " For a holomorphic function pass holomorphic=True."
                     if np.iscomplexobj(y)
@@ -172,7 +178,8 @@ def _unbound(name: str, fn: Any) -> Callable[..., Any]:
     """``fn`` as a function whose first argument is the target."""
     if isinstance(fn, type):
         raise TypeError(
-            f"{name}: fn is the class {fn.__name__}; pass a function of an instance and the primals, such as "
+            f"{name}: fn is the class {fn.__name__}; pass a function of an instance and the "
+            "primals, such as "
             f"lambda mdl, x: mdl(x), and the instance as mdl."
         )
     if is_target(fn):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Path = tuple[Any, ...]
@@ -34,7 +35,7 @@ def describe(x: Any) -> str:
 
 def dtype_of(x: Any) -> Any:
     """Dtype that JAX gives to an array or Python scalar."""
-    if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x.dtype
     return np.dtype(jax.dtypes.float0) if is_float0(x) else jax.dtypes.result_type(x)
 

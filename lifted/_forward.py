@@ -13,6 +13,7 @@ from lifted._errors import describe
 from lifted._functional import Filter, Functional, Structure, Updates, Variables, is_target
 from lifted._inputs import Inputs, Layout, Selection, is_differentiable, zeros_float0
 from lifted._tangents import match_tangents
+from lifted._trees import structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Direction:
         for argument, value in (("primals", primals), ("tangents", tangents)):
             if not isinstance(value, (tuple, list)):
                 raise TypeError(
-                    f"{name}: {argument}: expected a tuple or a list with one entry for each argument of fn, got "
+                    f"{name}: {argument}: expected a tuple or a list with one entry for each "
+                    "argument of fn, got "
                     f"{describe(value)}; for a single argument write ({argument[:-1]},)."
                 )
         if len(primals) != len(tangents):
             raise ValueError(
-                f"{name}: tangents: expected one for each of {len(primals)} primals, got {len(tangents)}; give None for "
+                f"{name}: tangents: expected one for each of {len(primals)} primals, got "
+                f"{len(tangents)}; give None for "
                 "a primal that is held."
             )
         return cls(tuple(primals), tuple(tangents), variable_tangents)
@@ -47,8 +50,9 @@ class Direction:
     def collections(self, mdl: Any) -> Filter:
         """Names of the collections that have tangents: these are visible whatever the filter of
         variables says."""
+        treedef: Any = jax.tree.structure(mdl, is_leaf=is_target)
         try:
-            trees = jax.tree.structure(mdl, is_leaf=is_target).flatten_up_to(self.variable_tangents)
+            trees = treedef.flatten_up_to(self.variable_tangents)
         except (ValueError, TypeError):
             return False
         return tuple({str(key) for tree in trees if isinstance(tree, Mapping) for key in tree})
@@ -169,12 +173,12 @@ def jvp(
         )
         result = (y, y_dot, aux) if has_aux else (y, y_dot)
         if return_variable_tangents:
-            leaves, treedef = jax.tree.flatten(call.functional.written(updates))
+            leaves = jax.tree.leaves(call.functional.written(updates))
             dots = iter(written_dot)
             leaves = [
                 next(dots) if is_differentiable(x) else zeros_float0(np.shape(x)) for x in leaves
             ]
-            result = (*result, treedef.unflatten(leaves))
+            result = (*result, structure(call.functional.written(updates)).unflatten(leaves))
         return result, updates
 
     return call.finish(attempt, collections, direction.validate(call.functional))
@@ -263,7 +267,8 @@ class _Pushforward:
         if len(tangents) != len(values):
             form = "variable_tangents, *tangents" if self.structure else "*tangents"
             raise TypeError(
-                f"f_jvp({form}): expected {len(values)} arguments, got {len(tangents)}; None means zero."
+                f"f_jvp({form}): expected {len(values)} arguments, got {len(tangents)}; None "
+                "means zero."
             )
         given = list(tangents)
         paths: list[Any] = [("tangents", i) for i in range(len(given))]

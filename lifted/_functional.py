@@ -155,7 +155,8 @@ class Structure:
             split = self.split(tangents)
         except (ValueError, TypeError):
             raise TypeError(
-                "variable_tangents: expected the structure of mdl, with the tangents of each target at its place and "
+                "variable_tangents: expected the structure of mdl, with the tangents of each "
+                "target at its place and "
                 f"None where all are zero: {self.treedef}; got {jax.tree.structure(tangents)}."
             ) from None
         both = zip(self.groups, split, self.split(variables), strict=True)
@@ -274,7 +275,8 @@ def _kind(target: Any, mdl: Any) -> type[Group]:
     if kind is None:
         where = "" if target is mdl else f" in {type(mdl).__name__}"
         raise TypeError(
-            f"mdl: expected a bound Linen module, a flax.core.Scope, an NNX module or a pytree of these, got "
+            "mdl: expected a bound Linen module, a flax.core.Scope, an NNX module or a pytree of "
+            "these, got "
             f"{target if isinstance(target, type) else describe(target)}{where}."
             + (
                 f" Make an instance of it: {target.__name__}(...)."

@@ -82,7 +82,7 @@ class Selection:
     """
 
     variables: Filter | None
-    argnums: int | tuple[int, ...] | None = None
+    argnums: int | tuple[int, ...]
     per_scope: bool = False
 
     @classmethod
@@ -99,13 +99,8 @@ class Selection:
           TypeError: ``argnums`` is neither an int nor a sequence of them.
           ValueError: an index is out of range, or nothing is selected.
         """
-        indices = (
-            range(len(primals))
-            if argnums is None
-            else (argnums,)
-            if isinstance(argnums, int)
-            else tuple(argnums)
-        )
+        asked = (argnums,) if isinstance(argnums, int) else argnums
+        indices = tuple(range(len(primals)) if asked is None else asked)
         for i in indices:
             if not isinstance(i, int):
                 raise TypeError(
@@ -113,23 +108,19 @@ class Selection:
                 )
             if not -len(primals) <= i < len(primals):
                 raise ValueError(
-                    f"{name}: argnums={argnums!r}: there are {len(primals)} primals, counted from 0."
+                    f"{name}: argnums={argnums!r}: there are {len(primals)} primals, counted "
+                    "from 0."
                 )
         if variables is False and not indices:
             raise ValueError(
-                f"{name}: nothing to differentiate: there are no primals, and grad_variables selects no variables. "
-                "Pass primals, or grad_variables='params'."
+                f"{name}: nothing to differentiate: there are no primals, and grad_variables "
+                "selects no variables. Pass primals, or grad_variables='params'."
             )
-        normal = (
-            argnums
-            if argnums is None
-            else indices[0] % len(primals)
-            if isinstance(argnums, int)
-            else indices
+        indices = tuple(i % len(primals) for i in indices)
+        return cls(
+            None if variables is False else variables,
+            indices[0] if isinstance(argnums, int) else indices,
         )
-        if isinstance(normal, tuple):
-            normal = tuple(i % len(primals) for i in normal)
-        return cls(None if variables is False else variables, normal)
 
     @property
     def filter(self) -> Filter:
@@ -140,8 +131,7 @@ class Selection:
         self, functional: Functional, variables: Variables, primals: tuple[Any, ...]
     ) -> Inputs:
         """The inputs with the asked leaves active."""
-        argnums = range(len(primals)) if self.argnums is None else self.argnums
-        chosen = (argnums,) if isinstance(argnums, int) else argnums
+        chosen = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         wanted = jax.tree.leaves(functional.match(variables, self.filter))
         for i, primal in enumerate(primals):
             wanted += [i in chosen] * len(jax.tree.leaves(primal))
@@ -150,13 +140,11 @@ class Selection:
     def layout(self, functional: Functional, inputs: Inputs) -> "Layout":
         """The form of the result: ``(variables, *primals)``, or ``primals``."""
         variables, primals = inputs.treedef.unflatten(range(len(inputs.leaves)))
-        form: Any = primals
-        if self.argnums is not None:
-            form = (
-                primals[self.argnums]
-                if isinstance(self.argnums, int)
-                else tuple(primals[i] for i in self.argnums)
-            )
+        form: Any
+        if isinstance(self.argnums, int):
+            form = primals[self.argnums]
+        else:
+            form = tuple(primals[i] for i in self.argnums)
         if self.variables is not None:
             values, _ = inputs.treedef.unflatten(inputs.leaves)
             part = functional.prune(variables, functional.match(values, self.variables))

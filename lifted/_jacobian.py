@@ -11,7 +11,7 @@ from lifted._engine import Call, check_scalar, check_selects
 from lifted._forward import Direction
 from lifted._functional import Filter, Updates, Variables
 from lifted._inputs import Inputs, Layout, Selection, zeros_float0
-from lifted._static import Static
+from lifted._trees import Static
 
 
 def jacfwd(

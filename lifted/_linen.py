@@ -21,7 +21,7 @@ from flax.core.scope import Scope, in_filter, intersect_filters, union_filters
 from lifted import _flax_private
 from lifted._errors import Path, key_of
 from lifted._functional import Filter, register_group
-from lifted._static import Static
+from lifted._trees import Static, identical
 
 Collections = dict[str, Any]
 
@@ -146,9 +146,6 @@ class LinenGroup:
     def as_variables(tangents: Sequence[Any], variables: Sequence[Collections]) -> list[Any]:
         return list(tangents)
 
-    def names(self, variables: list[Collections]) -> list[str]:
-        return sorted({col for tree in variables for col in tree})
-
     def per_scope(self, tree: list[Collections]) -> list[Collections]:
         return self._by_root(tree)
 
@@ -195,7 +192,8 @@ class LinenGroup:
 def _check_bound(target: Any) -> None:
     if isinstance(target, nn.Module) and target.scope is None:
         raise ValueError(
-            f"mdl: {type(target).__name__} is not bound to variables. Call this inside a method of a module that owns "
+            f"mdl: {type(target).__name__} is not bound to variables. Call this inside a method "
+            "of a module that owns "
             "it, or give it variables first: mdl.bind(variables, rngs=..., mutable=...)."
         )
 
@@ -305,15 +303,9 @@ def _difference(old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
             value = _difference(before, value)
             if value:
                 changed[key] = value
-        elif not _identical(before, value):
+        elif not identical(before, value):
             changed[key] = value
     return changed
-
-
-def _identical(a: Any, b: Any) -> bool:
-    leaves, treedef = jax.tree.flatten(a)
-    others, other_treedef = jax.tree.flatten(b)
-    return treedef == other_treedef and all(x is y for x, y in zip(leaves, others, strict=True))
 
 
 def _prune(tree: Any, mask: Any) -> Any:

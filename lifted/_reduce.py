@@ -25,14 +25,16 @@ def axis_names(name: str, axes: Any) -> tuple[Any, ...]:
     """
     if isinstance(axes, str) or not isinstance(axes, Sequence):
         raise TypeError(
-            f"{name}: reduce_axes: expected a sequence of axis names, got {axes!r}; write ({axes!r},)."
+            f"{name}: reduce_axes: expected a sequence of axis names, got {axes!r}; write "
+            f"({axes!r},)."
         )
     for axis in axes:
         try:
             lax.axis_index(axis)
         except NameError:
             raise ValueError(
-                f"{name}: reduce_axes={tuple(axes)!r}: no axis {axis!r} is mapped here. Call this inside "
+                f"{name}: reduce_axes={tuple(axes)!r}: no axis {axis!r} is mapped here. Call this "
+                "inside "
                 f"jax.vmap(..., axis_name={axis!r}) or a jax.shard_map over it."
             ) from None
     return tuple(axes)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lifted._engine import Call, check_scalar, check_selects
-from lifted._errors import describe, is_float0, path_text
+from lifted._errors import describe, is_float0
 from lifted._functional import Filter, Updates, Variables
 from lifted._inputs import Layout, Selection, is_differentiable, zeros_float0
 from lifted._reduce import axis_names, psum_broadcast
@@ -66,7 +66,8 @@ def value_and_grad(
       ...     @nn.compact
       ...     def __call__(self, x):
       ...         potential = nn.Dense(1, kernel_init=nn.initializers.ones)
-      ...         energy, (gradient,) = lifted.value_and_grad(lambda mdl, x: mdl(x).sum(), potential, x)
+      ...         total = lambda mdl, x: mdl(x).sum()
+      ...         energy, (gradient,) = lifted.value_and_grad(total, potential, x)
       ...         return energy, -gradient
       >>> x = jnp.ones((2, 3))
       >>> energy, forces = Energy().apply(Energy().init(jax.random.key(0), x), x)
@@ -76,7 +77,6 @@ def value_and_grad(
     Source:
     https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
-    options = {"reduce_axes": reduce_axes, "argnums": argnums, "holomorphic": holomorphic}
     call = Call.make(
         "value_and_grad",
         fn,
@@ -87,7 +87,7 @@ def value_and_grad(
         frozen=grad_variables,
         rngs=rngs,
     )
-    return _value_and_grad(call, grad_variables, **options)
+    return _value_and_grad(call, grad_variables, reduce_axes, argnums, holomorphic)
 
 
 def grad(
@@ -125,7 +125,8 @@ def grad(
       >>> class Gradients(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x, y):
-      ...         return lifted.grad(lambda mdl, x, y: mdl(x, y), LearnScale(), x, y, grad_variables="params")
+      ...         scaled = lambda mdl, x, y: mdl(x, y)
+      ...         return lifted.grad(scaled, LearnScale(), x, y, grad_variables="params")
       >>> variables = Gradients().init(jax.random.key(0), 2.0, 3.0)
       >>> grads, x_grad, y_grad = Gradients().apply(variables, 2.0, 3.0)
       >>> print(grads["params"]["scale"], x_grad, y_grad)
@@ -134,7 +135,6 @@ def grad(
     Source:
     https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
-    options = {"reduce_axes": reduce_axes, "argnums": argnums, "holomorphic": holomorphic}
     call = Call.make(
         "grad",
         fn,
@@ -145,14 +145,13 @@ def grad(
         frozen=grad_variables,
         rngs=rngs,
     )
-    value, grads = _value_and_grad(call, grad_variables, **options)
+    value, grads = _value_and_grad(call, grad_variables, reduce_axes, argnums, holomorphic)
     return (grads, value[1]) if has_aux else grads
 
 
 def _value_and_grad(
     call: Call,
     grad_variables: Filter,
-    *,
     reduce_axes: Sequence[Any],
     argnums: int | Sequence[int] | None,
     holomorphic: bool,
@@ -241,7 +240,7 @@ def vjp(
         frozen=vjp_variables,
         rngs=rngs,
     )
-    selection = Selection(vjp_variables, per_scope=multi_scope)
+    selection = Selection(vjp_variables, tuple(range(len(primals))), multi_scope)
     axes = axis_names("vjp", reduce_axes)
 
     def attempt(variables: Variables) -> tuple[Any, Updates]:
@@ -287,9 +286,10 @@ class _Pullback:
         entries, treedef = jax.tree_util.tree_flatten_with_path(cotangent, is_leaf=is_none)
         if treedef != self.treedef:
             raise TypeError(
-                f"cotangent: expected the structure of the output of fn, {self.treedef}, got {treedef}."
+                f"cotangent: expected the structure of the output of fn, {self.treedef}, got "
+                f"{treedef}."
             )
-        return treedef.unflatten(
+        return self.treedef.unflatten(
             [
                 _check_cotangent(x, y, path)
                 for (path, x), y in zip(entries, self.outputs, strict=True)
@@ -303,13 +303,15 @@ def _check_cotangent(cotangent: Any, output: Any, path: Any) -> Any:
         if cotangent is None or is_float0(cotangent):
             return zeros_float0(output.shape)
         raise TypeError(
-            f"{where}: the output {describe(output)} cannot be differentiated, so its cotangent can only be zero: give "
+            f"{where}: the output {describe(output)} cannot be differentiated, so its cotangent "
+            "can only be zero: give "
             f"None; got {describe(cotangent)}."
         )
     if cotangent is None:
         return jax.numpy.zeros(output.shape, output.dtype)
     if np.shape(cotangent) != output.shape:
         raise ValueError(
-            f"{where}: expected the shape of the output, {describe(output)}, got {describe(cotangent)}."
+            f"{where}: expected the shape of the output, {describe(output)}, got "
+            f"{describe(cotangent)}."
         )
     return cotangent

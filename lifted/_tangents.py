@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lifted._errors import Path, describe, dtype_of, is_float0, key_of, path_text, suggestion
@@ -52,7 +53,8 @@ def match_tangents(values: Any, tangents: Any, path: Path, *, partial: bool = Fa
     if _is_box(values, children):
         return match_tangents(children[0][1], _unboxed(tangents), path, partial=partial)
     raise TypeError(
-        f"{path_text(path)}: expected a tangent of the structure {jax.tree.structure(values)} (None for zero), got "
+        f"{path_text(path)}: expected a tangent of the structure {jax.tree.structure(values)} "
+        "(None for zero), got "
         f"{jax.tree.structure(tangents)}."
     )
 
@@ -66,7 +68,8 @@ def _match_mapping(
 ) -> list[Any]:
     if not isinstance(tangents, Mapping):
         raise TypeError(
-            f"{path_text(path)}: expected a dictionary with the tangents of {_listed(values)} (what is left out is zero), "
+            f"{path_text(path)}: expected a dictionary with the tangents of {_listed(values)} "
+            "(what is left out is zero), "
             f"got {describe(tangents)}."
         )
     for key, tangent in tangents.items():
@@ -116,32 +119,34 @@ def _check_leaf(value: Any, tangent: Any, path: Path) -> Any:
     where = path_text(path)
     if _children(tangent) is not None:
         raise TypeError(
-            f"{where}: expected a tangent of type {describe(value)}, got {jax.tree.structure(tangent)}."
+            f"{where}: expected a tangent of type {describe(value)}, got "
+            f"{jax.tree.structure(tangent)}."
         )
     if np.shape(tangent) != np.shape(value):
         raise ValueError(
-            f"{where}: expected a tangent of the shape of its value, {describe(value)}, got {describe(tangent)}."
+            f"{where}: expected a tangent of the shape of its value, {describe(value)}, got "
+            f"{describe(tangent)}."
         )
     if not is_differentiable(value):
         if is_float0(tangent) or _is_concrete_zero(tangent):
             return None
         raise TypeError(
-            f"{where}: {describe(value)} cannot be differentiated, so its tangent can only be zero: leave it out, or "
+            f"{where}: {describe(value)} cannot be differentiated, so its tangent can only be "
+            "zero: leave it out, or "
             f"give None; got {describe(tangent)}."
         )
     if isinstance(tangent, (int, float)) and not isinstance(tangent, bool):
         return np.asarray(tangent, dtype_of(value))[()]
     if dtype_of(tangent) != dtype_of(value):
         raise TypeError(
-            f"{where}: expected a tangent of the dtype of its value, {describe(value)}, got {describe(tangent)}. "
+            f"{where}: expected a tangent of the dtype of its value, {describe(value)}, got "
+            f"{describe(tangent)}. "
             f"Convert it: tangent.astype({dtype_of(value).name!r})."
         )
     return tangent
 
 
 def _is_concrete_zero(tangent: Any) -> bool:
-    if isinstance(tangent, jax.core.Tracer) or not jax.dtypes.issubdtype(
-        dtype_of(tangent), np.number
-    ):
+    if isinstance(tangent, jax.core.Tracer) or not jnp.issubdtype(dtype_of(tangent), np.number):
         return tangent is False
     return not np.any(np.asarray(tangent))

@@ -1,8 +1,20 @@
-"""A Python value in the structure of a pytree."""
+"""Small questions about pytrees."""
 
 from typing import Any
 
 import jax
+
+
+def structure(tree: Any) -> Any:
+    """The structure of a pytree."""
+    return jax.tree.structure(tree)
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two pytrees have one structure and the same objects as leaves."""
+    if structure(a) != structure(b):
+        return False
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 @jax.tree_util.register_static
