@@ -9,31 +9,35 @@ all parameters and inputs). After each the changed collections are compared too.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter, in_filter
 
 import lifted
-from nnx_bridge import _collections as collections
-from nnx_bridge._case import Case, CaseError
-from nnx_bridge._host import Host, default_mutable, unhost
+from nnx_bridge._case import Case
+from nnx_bridge._collections import to_variables
+from nnx_bridge._host import Host, unhost
+from nnx_bridge._problem import (
+    Arrays,
+    Data,
+    Problem,
+    by_path,
+    combine,
+    failure,
+    first_line,
+    inexact,
+)
 from nnx_bridge._report import Report, Row, compare_arrays, raised
 
-Arrays = dict[str, jax.Array]
 Results = dict[str, Arrays]
+Program = Callable[[str], Results]  # From the name of a stage.
 
-# Programs that a check compares with the reference, and what it runs of each; in this order.
-ROUTES = ("lifted on Linen", "lifted on NNX")
 STAGES = ("call", "gradient", "jvp")
-STEPS = 1 + (1 + len(ROUTES)) * len(STAGES)
+STEPS = 1 + 3 * len(STAGES)
 
 
 def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda _: None) -> Report:
@@ -48,7 +52,7 @@ def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda
         A report with a row for each array of each of the two programs.
 
     Raises:
-        CaseError: The module does not run, or nothing it returns can be differentiated.
+        CaseError: The module does not run, or there is nothing to differentiate.
 
     Example:
         >>> from flax import linen as nn
@@ -57,20 +61,22 @@ def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda
         True
     """
     progress("initialise")
-    problem = _Problem.make(case, seed)
+    problem = Problem.make(case, seed)
+    raw = _Raw(problem)
     reference: dict[str, Results] = {}
     skipped: list[str] = []
     for stage in STAGES:
         progress(f"{stage}: raw JAX")
         try:
-            reference[stage] = getattr(_Raw(problem), stage)()
+            reference[stage] = raw(stage)
         except Exception as error:
             if stage != "jvp":
-                raise _failure(f"the {stage} of {case.name} in raw JAX", error) from error
+                raise failure(f"the {stage} of {case.name} in raw JAX", error) from error
             # A module with a custom_vjp, for one, has no forward mode.
-            skipped.append(f"{stage}, which raw JAX refuses too: {_first_line(error)}")
+            skipped.append(f"{stage}, which raw JAX refuses too: {first_line(error)}")
+    programs = {"lifted on Linen": _Linen(problem), "lifted on NNX": _Hosted(problem)}
     rows: list[Row] = []
-    for route, program in zip(ROUTES, (_Linen(problem), _Hosted(problem)), strict=True):
+    for route, program in programs.items():
         for stage in STAGES:
             progress(f"{stage}: {route}")
             if stage in reference:
@@ -81,9 +87,9 @@ def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda
     return Report(case.name, tuple(rows), seed, versions, tuple(skipped))
 
 
-def _rows(program: _Program, route: str, stage: str, reference: Results) -> Iterator[Row]:
+def _rows(program: Program, route: str, stage: str, reference: Results) -> Iterator[Row]:
     try:
-        results = getattr(program, stage)()
+        results = program(stage)
     except Exception as error:
         yield from (raised(what, route, error) for what, arrays in reference.items() if arrays)
         return
@@ -91,273 +97,122 @@ def _rows(program: _Program, route: str, stage: str, reference: Results) -> Iter
         yield from compare_arrays(what, route, results[what], arrays)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """All that the programs have in common; arrays are by path in what they belong to."""
-
-    case: Case
-    variables: Mapping[str, Any]
-    mutable: CollectionFilter
-    keys: dict[str, jax.Array]
-    primals: Arrays  # The inputs that are differentiated.
-    weights: Arrays  # Of the outputs, in the scalar whose gradient is taken.
-    input_tangents: Arrays
-    parameter_tangents: Any
-
-    @classmethod
-    def make(cls, case: Case, seed: int) -> _Problem:
-        random = np.random.default_rng(seed)
-        keys = case.keys(seed)
-        variables = case.variables or _initialised(case, keys)
-        primals = _inexact(_by_path(_inputs(case)))
-        draft = cls(case, variables, default_mutable(variables), keys, primals, {}, {}, {})
-        if case.mutable is not None:
-            draft = dataclasses.replace(draft, mutable=case.mutable)
-        try:
-            outputs, _ = jax.eval_shape(_Raw(draft).apply, variables, primals)
-        except Exception as error:
-            raise _failure(f"{case.name} does not run", error) from error
-        outputs = _inexact(outputs)
-        if not outputs:
-            raise CaseError(f"{case.name} returns no floating point array: nothing to compare")
-        if not primals and not draft.has_parameters:
-            raise CaseError(
-                f"{case.name} has neither parameters nor inputs of floating point dtype: there is "
-                "nothing to differentiate"
-            )
-        return dataclasses.replace(
-            draft,
-            weights=_directions(outputs, random),
-            input_tangents=_directions(primals, random),
-            parameter_tangents=jax.tree.map(
-                lambda x: _direction(x, random), variables.get("params", {})
-            ),
-        )
-
-    def arguments(self, primals: Arrays) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the call, with these values of the inputs."""
-        inputs = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: primals.get(_text(path), leaf), _inputs(self.case)
-        )
-        return inputs["args"], inputs["kwargs"]
-
-    def loss(self, outputs: Arrays) -> jax.Array:
-        """A generic combination of the outputs: no symmetry of theirs cancels in it."""
-        terms = [jnp.sum(outputs[path] * weight).real for path, weight in self.weights.items()]
-        return jnp.sum(jnp.stack(terms))
-
-    @property
-    def has_parameters(self) -> bool:
-        return bool(jax.tree.leaves(self.variables.get("params")))
-
-
-class _Program(Protocol):
-    def call(self) -> Results: ...
-    def gradient(self) -> Results: ...
-    def jvp(self) -> Results: ...
-
-
 class _Raw:
     """`module.apply` under `jax.grad` and `jax.jvp`."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
-    def apply(self, variables: Mapping[str, Any], primals: Arrays) -> tuple[Arrays, Any]:
-        p = self._problem
-        args, kwargs = p.arguments(primals)
-        options: dict[str, Any] = {"rngs": p.keys, "mutable": p.mutable, "method": p.case.method}
-        result = p.case.module.apply(variables, *args, **options, **kwargs)
-        output, updates = (result, {}) if p.mutable is False else result
-        return _by_path(output), updates
+    def __call__(self, stage: str) -> Results:
+        return jax.jit(getattr(self, stage))(self._problem.data)
 
-    def call(self) -> Results:
-        p = self._problem
-        outputs, updates = jax.jit(self.apply)(p.variables, p.primals)
-        return {"output": outputs, "state": _by_path(updates)}
+    def call(self, data: Data) -> Results:
+        outputs, state = self._problem.apply(data, data.variables, data.primals)
+        return {"output": outputs, "state": state}
 
-    def gradient(self) -> Results:
-        p = self._problem
+    def gradient(self, data: Data) -> Results:
+        def loss(parameters: Any, primals: Arrays) -> tuple[jax.Array, Arrays]:
+            outputs, state = self._apply(data, parameters, primals)
+            return combine(outputs, data.weights), state
 
-        def loss(parameters: Any, primals: Arrays) -> tuple[jax.Array, Any]:
-            outputs, updates = self.apply(_with_params(p.variables, parameters), primals)
-            return p.loss(outputs), updates
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+        (parameters, inputs), state = grad(data.parameters, data.primals)
+        return {**_gradients({"params": parameters}, inputs), "state after gradient": state}
 
-        grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
-        (parameters, inputs), updates = grad(p.variables.get("params", {}), p.primals)
-        return _gradients(inputs, {"params": parameters}, updates)
+    def jvp(self, data: Data) -> Results:
+        def outputs(parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:
+            outputs, state = self._apply(data, parameters, primals)
+            return inexact(outputs), state
 
-    def jvp(self) -> Results:
-        p = self._problem
+        primals = (data.parameters, data.primals)
+        tangents = jax.tree.map(_full, primals, (data.parameter_tangents, data.input_tangents))
+        _, dots, state = jax.jvp(outputs, primals, tangents, has_aux=True)
+        return {"output tangent": dots, "state after jvp": state}
 
-        def push(parameters: Any, primals: Arrays, tangents: Any) -> Any:
-            def outputs(parameters: Any, primals: Arrays) -> tuple[Arrays, Any]:
-                outputs, updates = self.apply(_with_params(p.variables, parameters), primals)
-                return _inexact(outputs), updates
-
-            inputs = (parameters, primals)
-            return jax.jvp(outputs, inputs, jax.tree.map(_full, inputs, tangents), has_aux=True)
-
-        tangents = (p.parameter_tangents, p.input_tangents)
-        _, dots, updates = jax.jit(push)(p.variables.get("params", {}), p.primals, tangents)
-        return _tangents(dots, updates)
+    def _apply(self, data: Data, parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:
+        variables = dict(data.variables)
+        if "params" in variables:
+            variables["params"] = parameters
+        return self._problem.apply(data, variables, primals)
 
 
 class _Linen:
     """`lifted` on the bound Linen module."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
-    def _run(self, step: Callable[[Any, Arrays], Any]) -> tuple[Any, Any]:
-        """What a step computes on the bound module, and the collections that it changed."""
+    def __call__(self, stage: str) -> Results:
         p = self._problem
 
-        def program(variables: Mapping[str, Any], primals: Arrays) -> tuple[Any, Any]:
-            module = p.case.module.bind(variables, rngs=p.keys, mutable=p.mutable)
-            result = step(module, primals)
-            _, updates = module.unbind()
-            return result, _changeable(updates, p.mutable)
+        def program(data: Data) -> Results:
+            module = p.case.module.bind(data.variables, rngs=data.keys, mutable=p.mutable)
+            results: Results = getattr(self, stage)(module, data)
+            return {**results, _state_after(stage): p.changeable(module.unbind()[1])}
 
-        return jax.jit(program)(p.variables, p.primals)
+        return jax.jit(program)(p.data)
 
-    def _outputs(self, module: Any, primals: Arrays) -> Arrays:
-        args, kwargs = self._problem.arguments(primals)
-        method = self._problem.case.method or "__call__"
-        if isinstance(method, str):
-            return _by_path(getattr(module, method)(*args, **kwargs))
-        return _by_path(method(module, *args, **kwargs))
+    def call(self, module: Any, data: Data) -> Results:
+        return {"output": self._outputs(module, data, data.primals)}
 
-    def call(self) -> Results:
-        outputs, updates = self._run(self._outputs)
-        return {"output": outputs, "state": _by_path(updates)}
+    def gradient(self, module: Any, data: Data) -> Results:
+        def loss(mdl: Any, primals: Arrays) -> jax.Array:
+            return combine(self._outputs(mdl, data, primals), data.weights)
 
-    def gradient(self) -> Results:
-        (parameters, inputs), updates = self._run(_lifted_gradient(self._problem, self._outputs))
-        return _gradients(inputs, parameters, updates)
+        if not self._problem.has_parameters:
+            (inputs,) = lifted.grad(loss, module, data.primals)
+            return _gradients({}, inputs)
+        parameters, inputs = lifted.grad(loss, module, data.primals, grad_variables="params")
+        return _gradients(parameters, inputs)
 
-    def jvp(self) -> Results:
-        dots, updates = self._run(_lifted_jvp(self._problem, self._outputs))
-        return _tangents(dots, updates)
+    def jvp(self, module: Any, data: Data) -> Results:
+        def outputs(mdl: Any, primals: Arrays) -> Arrays:
+            return inexact(self._outputs(mdl, data, primals))
+
+        has_parameters = self._problem.has_parameters
+        tangents = {"params": data.parameter_tangents} if has_parameters else {}
+        _, dots = lifted.jvp(outputs, module, (data.primals,), (data.input_tangents,), tangents)
+        return {"output tangent": dots}
+
+    def _outputs(self, module: Any, data: Data, primals: Arrays) -> Arrays:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            method = self._problem.case.method or "__call__"
+            if isinstance(method, str):
+                return getattr(module, method)(*args, **kwargs)
+            return method(module, *args, **kwargs)
+
+        return self._problem.run(run, data, primals)
 
 
 class _Hosted(_Linen):
     """`lifted` on the host, an NNX module, under `nnx.jit`."""
 
-    def _run(self, step: Callable[[Any, Arrays], Any]) -> tuple[Any, Any]:
+    def __call__(self, stage: str) -> Results:
         p = self._problem
-        model = Host(p.case.module, p.variables, mutable=p.mutable)
-        result = nnx.jit(step)(model, p.primals)
-        return result, _changeable(unhost(model)[1], p.mutable)
+        model = Host(p.case.module, p.data.variables, mutable=p.mutable)
+        # The model holds the variables; what it left as it was must not come from elsewhere.
+        data = p.data._replace(variables={})
+        results: Results = nnx.jit(getattr(self, stage))(model, data)
+        return {**results, _state_after(stage): p.changeable(unhost(model)[1])}
 
-    def _outputs(self, module: Any, primals: Arrays) -> Arrays:
-        args, kwargs = self._problem.arguments(primals)
-        options: dict[str, Any] = {"rngs": self._problem.keys, "method": self._problem.case.method}
-        return _by_path(module(*args, **options, **kwargs))
+    def _outputs(self, module: Any, data: Data, primals: Arrays) -> Arrays:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, rngs=data.keys, method=self._problem.case.method, **kwargs)
 
-
-def _lifted_gradient(
-    problem: _Problem, outputs: Callable[[Any, Arrays], Arrays]
-) -> Callable[[Any, Arrays], tuple[Any, Arrays]]:
-    def gradient(module: Any, primals: Arrays) -> tuple[Any, Arrays]:
-        def loss(mdl: Any, primals: Arrays) -> jax.Array:
-            return problem.loss(outputs(mdl, primals))
-
-        if not problem.has_parameters:
-            (inputs,) = lifted.grad(loss, module, primals)
-            return {}, inputs
-        parameters, inputs = lifted.grad(loss, module, primals, grad_variables="params")
-        if isinstance(parameters, nnx.State):
-            parameters = collections.to_variables(parameters)
-        return parameters, inputs
-
-    return gradient
+        return self._problem.run(run, data, primals)
 
 
-def _lifted_jvp(
-    problem: _Problem, outputs: Callable[[Any, Arrays], Arrays]
-) -> Callable[[Any, Arrays], Arrays]:
-    def push(module: Any, primals: Arrays) -> Arrays:
-        _, dots = lifted.jvp(
-            lambda mdl, primals: _inexact(outputs(mdl, primals)),
-            module,
-            (primals,),
-            (problem.input_tangents,),
-            {"params": problem.parameter_tangents} if problem.has_parameters else {},
-        )
-        return dots
-
-    return push
-
-
-def _initialised(case: Case, keys: dict[str, jax.Array]) -> Mapping[str, Any]:
-    def init(keys: dict[str, jax.Array]) -> Any:
-        return case.module.init(keys, *case.args, method=case.method, **case.kwargs)
-
-    try:
-        return jax.jit(init)(keys)
-    except Exception as error:
-        raise _failure(f"{case.name} does not initialise", error) from error
-
-
-def _failure(what: str, error: Exception) -> CaseError:
-    return CaseError(f"{what}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _inputs(case: Case) -> dict[str, Any]:
-    return {"args": case.args, "kwargs": dict(case.kwargs)}
-
-
-def _gradients(inputs: Arrays, parameters: Any, updates: Any) -> Results:
+def _gradients(parameters: Any, inputs: Arrays) -> Results:
+    if isinstance(parameters, nnx.State):
+        parameters = to_variables(parameters)
     return {
-        "input gradient": _inexact(inputs),
-        "parameter gradient": _inexact(_by_path(parameters)),
-        "state after gradient": _by_path(updates),
+        "input gradient": inexact(inputs),
+        "parameter gradient": inexact(by_path(parameters)),
     }
 
 
-def _tangents(dots: Arrays, updates: Any) -> Results:
-    return {"output tangent": dots, "state after jvp": _by_path(updates)}
-
-
-def _with_params(variables: Mapping[str, Any], parameters: Any) -> dict[str, Any]:
-    return {**variables, "params": parameters} if "params" in variables else dict(variables)
-
-
-def _changeable(variables: Mapping[str, Any], mutable: CollectionFilter) -> dict[str, Any]:
-    return {name: tree for name, tree in variables.items() if in_filter(mutable, name)}
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """The arrays of a pytree, out of their boxes, by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))
-    return {_text(path): leaf for path, leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)}
-
-
-def _text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "result"
-
-
-def _inexact(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-
-
-def _directions(arrays: Arrays, random: np.random.Generator) -> Arrays:
-    return {path: _direction(array, random) for path, array in arrays.items()}
-
-
-def _direction(array: Any, random: np.random.Generator) -> Any:
-    """Random values like the array; None for what has no direction, such as integers."""
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        return None
-    values = random.standard_normal(array.shape)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        values = values + 1j * random.standard_normal(array.shape)
-    return jnp.asarray(values, array.dtype)
+def _state_after(stage: str) -> str:
+    return "state" if stage == "call" else f"state after {stage}"
 
 
 def _full(primal: Any, tangent: Any) -> Any:
