@@ -1,1 +1,24 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
+
+from nnx_bridge._case import Case, CaseError, load_case
+from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
+from nnx_bridge._equivalence import check
+from nnx_bridge._host import Host, Node, unhost
+from nnx_bridge._report import Report, Row, Verdict
+
+__all__ = [
+    "Case",
+    "CaseError",
+    "Host",
+    "Node",
+    "Report",
+    "Row",
+    "Verdict",
+    "check",
+    "collection_name",
+    "load_case",
+    "to_state",
+    "to_variables",
+    "unhost",
+    "variable_type",
+]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter
+from flax.core.scope import CollectionFilter, in_filter
 
 from nnx_bridge import _collections as collections
 from nnx_bridge._collections import Path, Variables
@@ -141,12 +141,14 @@ class Host(Node):
             *args,
             rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
             method=method,
-            mutable=(filter := self._linen.mutable_collections(mutable, variables)),
+            mutable=(changeable := self._linen.mutable_collections(mutable, variables)),
             **kwargs,
         )
-        if filter is False:
+        if changeable is False:
             return result
         output, updates = result
+        if in_filter(changeable, "intermediates"):
+            updates = {"intermediates": {}, **updates}
         _write(self, updates)
         return output
 
@@ -171,6 +173,11 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
         (2, 3)
     """
     return model._linen.module, _variables(model)
+
+
+def default_mutable(variables: Variables) -> CollectionFilter:
+    """The collections that a call of a host may change where nobody said which."""
+    return [name for name in variables if name not in _NOT_STATISTICS] or False
 
 
 def check_linen_module(module: Any) -> nn.Module:
@@ -203,10 +210,7 @@ class _Program:
         self, override: CollectionFilter | None, variables: Variables
     ) -> CollectionFilter:
         chosen = self._mutable if override is None else override
-        if chosen is not None:
-            return chosen
-        held = [name for name in variables if name not in _NOT_STATISTICS]
-        return held or False
+        return default_mutable(variables) if chosen is None else chosen
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Program):
@@ -253,7 +257,10 @@ def _variables(model: Host) -> dict[str, Any]:
 
 
 def _write(model: Host, updates: Variables) -> None:
-    """Writes updated collections into the tree, with new Variables for what is new."""
+    """Writes updated collections into the tree, with new Variables for what is new.
+
+    What is sown is replaced as a whole: values of an earlier call are removed.
+    """
     held = dict(_items(model))
     new = dict(collections.flatten(updates))
     for path, value in new.items():
