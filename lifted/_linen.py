@@ -294,16 +294,19 @@ def _take(collections: Collections, path: Path) -> Any:
     return collections.pop(last, None)
 
 
+_ABSENT = object()
+
+
 def _difference(old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of ``new`` that are not the same objects in ``old``."""
     changed = {}
     for key, value in new.items():
-        before = old.get(key) if isinstance(old, Mapping) else None
+        before = old.get(key, _ABSENT) if isinstance(old, Mapping) else _ABSENT
         if isinstance(value, Mapping):
-            value = _difference(before, value)
-            if value:
-                changed[key] = value
-        elif not identical(before, value):
+            inner = _difference(before, value)
+            if inner or before is _ABSENT:
+                changed[key] = inner
+        elif before is _ABSENT or not identical(before, value):
             changed[key] = value
     return changed
 

@@ -23,11 +23,11 @@ def flatten(node: Any) -> tuple[Any, list[tuple[Any, ...]], list[Any], Indices]:
     return graphdef, list(state.paths), list(state.leaves), indices
 
 
-def unflatten(graphdef: Any, leaves: Sequence[Any]) -> tuple[Any, Indices]:
-    """A new graph on copies of the leaves, and its nodes' indices."""
+def unflatten(graphdef: Any, leaves: Sequence[Any]) -> tuple[Any, list[Any], Indices]:
+    """A new graph that holds the leaves themselves, its nodes, and their indices."""
     nodes = graphlib.IndexMap()
-    copy = graphlib.unflatten(graphdef, list(leaves), index_ref=nodes, copy_variables=True)
-    return copy, graphlib.RefMap.from_indexmap(nodes)
+    copy = graphlib.unflatten(graphdef, list(leaves), index_ref=nodes)
+    return copy, list(nodes.values()), graphlib.RefMap.from_indexmap(nodes)
 
 
 def flatten_copy(copy: Any, indices: Indices) -> Any:
