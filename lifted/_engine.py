@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import describe, dtype_of, suggestion
+from lifted._errors import describe, dtype_of, is_array, path_text, suggestion
 from lifted._functional import Filter, Functional, Updates, Variables, functionalize, is_target
 from lifted._inputs import Inputs
 from lifted._trees import structure
@@ -71,13 +71,13 @@ class Call:
           inputs: which leaves are differentiated, and the values of the others.
           check: called with the result of ``fn``; raises where the transform cannot take it.
         """
+        check = check or check_arrays(self.name)
 
         def pure(values: Sequence[Any]) -> tuple[Any, tuple[Any, Updates]]:
             variables, primals = inputs.merge(values)
             out, updates = self.functional(variables, self.fn, *primals)
             y, aux = self._split_aux(out)
-            if check is not None:
-                check(y)
+            check(y)
             return y, (aux, updates)
 
         return pure
@@ -130,6 +130,49 @@ class Call:
         return y, aux
 
 
+# What each kind of dtype is called, and what to do about another one.
+_KINDS: dict[Any, tuple[str, str]] = {
+    np.complexfloating: ("complex", "leave out holomorphic, or convert it"),
+    np.floating: ("real", "for a holomorphic function pass holomorphic=True"),
+    np.inexact: ("real or complex", "convert it"),
+}
+
+
+def check_arrays(name: str, kind: Any = np.generic) -> Callable[[Any], None]:
+    """A check that the output of ``fn`` is a pytree of arrays of a dtype of ``kind``."""
+
+    def check(y: Any) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+            if not is_array(leaf):
+                raise TypeError(
+                    f"{name}: fn must return arrays, got {describe(leaf)} at "
+                    f"output{jax.tree_util.keystr(path)}. Return it as aux, with has_aux=True."
+                )
+            if kind is not np.generic and not jnp.issubdtype(dtype_of(leaf), kind):
+                expected, remedy = _KINDS[kind]
+                raise TypeError(
+                    f"{name}: fn must return {expected} arrays, got {describe(leaf)} at "
+                    f"output{jax.tree_util.keystr(path)}; {remedy}, or return it as aux."
+                )
+
+    return check
+
+
+def check_inputs(name: str, inputs: Inputs, kind: Any) -> None:
+    """Checks that the differentiated leaves have a dtype of ``kind``.
+
+    Raises:
+      TypeError: one of them has another dtype.
+    """
+    expected, remedy = _KINDS[kind]
+    for path, leaf in inputs.active_paths():
+        if not jnp.issubdtype(dtype_of(leaf), kind):
+            raise TypeError(
+                f"{name}: {path_text(path)}: expected a {expected} input, got {describe(leaf)}; "
+                f"{remedy}, or select other inputs."
+            )
+
+
 def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
     """A check that the output of ``fn`` is a scalar that has a gradient."""
 
@@ -140,23 +183,20 @@ def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
                 "(output, aux) pass "
                 "has_aux=True; for outputs that are not scalar use lifted.vjp or lifted.jacrev."
             )
+        kind = "complex" if holomorphic else "real"
+        if not is_array(y):
+            raise TypeError(f"{name}: fn must return a {kind} scalar, got {describe(y)}.")
         if np.shape(y) != ():
             raise ValueError(
                 f"{name}: fn must return a scalar, got {describe(y)}. Reduce it, for example with "
                 ".sum(), or use "
                 "lifted.vjp or lifted.jacrev."
             )
-        kind = np.complexfloating if holomorphic else np.floating
-        if not isinstance(y, (float, complex)) and not jnp.issubdtype(dtype_of(y), kind):
-            raise TypeError(
-                f"{name}: fn must return a {'complex' if holomorphic else 'real'} scalar, got "
-                f"{describe(y)}."
-                + (
-                    " For a holomorphic function pass holomorphic=True."
-                    if np.iscomplexobj(y)
-                    else ""
-                )
-            )
+        dtype = dtype_of(y)
+        if not jnp.issubdtype(dtype, np.complexfloating if holomorphic else np.floating):
+            is_complex = jnp.issubdtype(dtype, np.complexfloating)
+            remedy = " For a holomorphic function pass holomorphic=True." if is_complex else ""
+            raise TypeError(f"{name}: fn must return a {kind} scalar, got {describe(y)}.{remedy}")
 
     return check
 

@@ -26,11 +26,17 @@ def key_of(entry: Any) -> Any:
 
 def describe(x: Any) -> str:
     """Dtype and shape of an array, otherwise the type: ``float32[3,4]``, ``dict``."""
-    if isinstance(x, (bool, int, float, complex, np.ndarray, np.generic, jax.Array)) or hasattr(
-        x, "dtype"
-    ):
+    if is_array(x):
         return f"{dtype_of(x)}[{','.join(map(str, np.shape(x)))}]"
     return type(x).__name__
+
+
+def is_array(x: Any) -> bool:
+    """Whether JAX takes ``x`` for an array or a scalar."""
+    if isinstance(x, (bool, int, float, complex)):
+        return True
+    # Objects, strings, dates and times are arrays of NumPy only.
+    return hasattr(x, "dtype") and getattr(x.dtype, "kind", None) not in tuple("OSUMm")
 
 
 def dtype_of(x: Any) -> Any:

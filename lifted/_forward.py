@@ -47,14 +47,14 @@ class Direction:
             )
         return cls(tuple(primals), tuple(tangents), variable_tangents)
 
-    def collections(self, mdl: Any) -> Filter:
+    def collections(self, mdl: Any) -> tuple[str, ...]:
         """Names of the collections that have tangents: these are visible whatever the filter of
         variables says."""
         treedef: Any = jax.tree.structure(mdl, is_leaf=is_target)
         try:
             trees = treedef.flatten_up_to(self.variable_tangents)
-        except (ValueError, TypeError):
-            return False
+        except (ValueError, TypeError):  # Told when the tangents are matched.
+            return ()
         return tuple({str(key) for tree in trees if isinstance(tree, Mapping) for key in tree})
 
     def match(self, functional: Functional, variables: Variables, partial: bool) -> list[Any]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import dtype_of
+from lifted._errors import Path, dtype_of, key_of
 from lifted._functional import Filter, Functional, Variables
 
 
@@ -30,6 +30,11 @@ def is_differentiable(x: Any) -> bool:
 def zeros_float0(shape: Sequence[int]) -> np.ndarray:
     """The tangent or cotangent of what cannot be differentiated."""
     return np.zeros(tuple(shape), jax.dtypes.float0)
+
+
+def zeros_like_aval(x: Any) -> Any:
+    """The zero tangent or cotangent of a value, of which only shape and dtype are looked at."""
+    return jnp.zeros(x.shape, x.dtype) if is_differentiable(x) else zeros_float0(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,14 @@ class Inputs:
     def values(self) -> list[Any]:
         """The leaves that are differentiated."""
         return [self.leaves[i] for i in self.active]
+
+    def active_paths(self) -> list[tuple[Path, Any]]:
+        """Path, for messages, and value of each leaf that is differentiated."""
+        variables, primals = self.treedef.unflatten(self.leaves)
+        named = jax.tree_util.tree_leaves_with_path({"primals": primals, "variables": variables})
+        entries = [(tuple(map(key_of, path)), leaf) for path, leaf in named]
+        entries.sort(key=lambda entry: entry[0][0] == "primals")  # The order of `leaves`.
+        return [entries[i] for i in self.active]
 
     def merge(self, values: Sequence[Any]) -> tuple[Variables, tuple[Any, ...]]:
         """``(variables, primals)`` with ``values`` in place of the differentiated leaves."""
@@ -99,10 +112,10 @@ class Selection:
           TypeError: ``argnums`` is neither an int nor a sequence of them.
           ValueError: an index is out of range, or nothing is selected.
         """
-        asked = (argnums,) if isinstance(argnums, int) else argnums
-        indices = tuple(range(len(primals)) if asked is None else asked)
+        asked = range(len(primals)) if argnums is None else argnums
+        indices = tuple(asked) if isinstance(asked, Sequence) else (asked,)
         for i in indices:
-            if not isinstance(i, int):
+            if not isinstance(i, int) or isinstance(i, bool):
                 raise TypeError(
                     f"{name}: argnums: expected an int or a sequence of them, got {argnums!r}."
                 )

@@ -1,13 +1,12 @@
 """Jacobians and second derivatives: `jacfwd`, `jacrev`, `hessian`, `hvp`."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from lifted._engine import Call, check_scalar, check_selects
+from lifted._engine import Call, check_arrays, check_inputs, check_scalar, check_selects
 from lifted._forward import Direction
 from lifted._functional import Filter, Updates, Variables
 from lifted._inputs import Inputs, Layout, Selection, zeros_float0
@@ -85,9 +84,7 @@ def jacfwd(
         frozen=grad_variables,
         rngs=rngs,
     )
-    return _jacobian(
-        call, partial(jax.jacfwd, holomorphic=holomorphic), grad_variables, argnums, order=1
-    )
+    return _jacobian(call, jax.jacfwd, grad_variables, argnums, holomorphic, order=1)
 
 
 def jacrev(
@@ -127,9 +124,7 @@ def jacrev(
         frozen=grad_variables,
         rngs=rngs,
     )
-    return _jacobian(
-        call, partial(jax.jacrev, holomorphic=holomorphic), grad_variables, argnums, order=1
-    )
+    return _jacobian(call, jax.jacrev, grad_variables, argnums, holomorphic, order=1)
 
 
 def hessian(
@@ -177,9 +172,7 @@ def hessian(
         frozen=grad_variables,
         rngs=rngs,
     )
-    return _jacobian(
-        call, partial(jax.hessian, holomorphic=holomorphic), grad_variables, argnums, order=2
-    )
+    return _jacobian(call, jax.hessian, grad_variables, argnums, holomorphic, order=2)
 
 
 def _jacobian(
@@ -187,13 +180,20 @@ def _jacobian(
     transform: Callable[..., Any],
     grad_variables: Filter,
     argnums: int | Sequence[int] | None,
+    holomorphic: bool,
     order: int,
 ) -> Any:
     selection = Selection.make(call.name, grad_variables, argnums, call.primals)
+    # As in JAX: forward mode has a use for any output, reverse mode for any input.
+    input_kind = output_kind = np.complexfloating
+    if not holomorphic:
+        input_kind = np.inexact if call.name == "jacrev" else np.floating
+        output_kind = np.generic if call.name == "jacfwd" else np.floating
 
     def attempt(variables: Variables) -> tuple[Any, Updates]:
         inputs = selection.inputs(call.functional, variables, call.primals)
-        pure = call.pure(inputs)
+        check_inputs(call.name, inputs, input_kind)
+        pure = call.pure(inputs, check_arrays(call.name, output_kind))
 
         def leaves_of_output(values: list[Any]) -> tuple[list[Any], Any]:
             y, rest = pure(values)
@@ -201,7 +201,9 @@ def _jacobian(
             return leaves, (rest, Static((treedef, [np.shape(x) for x in leaves])))
 
         if inputs.active:
-            derivatives, (rest, output) = transform(leaves_of_output, has_aux=True)(inputs.values)
+            derivatives, (rest, output) = transform(
+                leaves_of_output, has_aux=True, holomorphic=holomorphic
+            )(inputs.values)
         else:
             leaves, (rest, output) = leaves_of_output([])
             derivatives = [[] for _ in leaves]
@@ -293,7 +295,14 @@ def hvp(
     direction = Direction.make("hvp", primals, tangents, variable_tangents)
     collections = direction.collections(mdl)
     call = Call.make(
-        "hvp", fn, mdl, primals, has_aux=has_aux, variables=variables, frozen=collections, rngs=rngs
+        "hvp",
+        fn,
+        mdl,
+        primals,
+        has_aux=has_aux,
+        variables=variables,
+        frozen=(*collections, grad_variables),
+        rngs=rngs,
     )
     selection = Selection.make("hvp", grad_variables, argnums, call.primals)
     scalar = check_scalar("hvp", False)

@@ -11,12 +11,14 @@ it stand below the name of the attribute, where they would stand if the target o
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 from flax.core.scope import Scope, in_filter, intersect_filters, union_filters
+from flax.errors import InvalidFilterError
 
 from lifted import _flax_private
 from lifted._errors import Path, key_of
@@ -62,10 +64,11 @@ class LinenGroup:
         self._states = [
             None if isinstance(t, Scope) else _flax_private.export_state(t) for t in targets
         ]
-        self._writable = variables
-        visible = union_filters(variables, frozen)
-        self._rngs = rngs
         self.initializing = any(root.scope.get_flag("initializing", False) for root in self._roots)
+        self._rngs = _checked(rngs)
+        visible = union_filters(_checked(variables), self._collections(frozen))
+        # Inside `init` what is visible has yet to be created.
+        self._writable = visible if self.initializing else variables
         self.variables = self._by_target(
             [
                 {
@@ -117,10 +120,24 @@ class LinenGroup:
             if state is not None:
                 _flax_private.import_state(target, state)
 
+    def _collections(self, filter: Filter) -> Filter:
+        """``filter`` as a filter of collections: those in which a predicate selects anything."""
+        if isinstance(filter, (list, tuple)) and not all(isinstance(f, str) for f in filter):
+            return functools.reduce(union_filters, map(self._collections, filter), False)
+        if not callable(filter):
+            return _checked(filter)
+        trees = self._by_target([root.scope.variables() for root in self._roots])
+        masks = self.match(trees, filter)
+        return {col for mask in masks for col in mask if any(jax.tree.leaves(mask[col]))}
+
     def match(self, variables: list[Collections], filter: Filter) -> list[Collections]:
+        if isinstance(filter, (list, tuple)) and not all(isinstance(f, str) for f in filter):
+            masks = [self.match(variables, f) for f in filter]
+            return jax.tree.map(lambda *chosen: any(chosen), *masks)
         if callable(filter):
             named = lambda path, x: bool(filter(tuple(map(key_of, path)), x))  # noqa: E731
             return [jax.tree_util.tree_map_with_path(named, tree) for tree in variables]
+        filter = _checked(filter)
         chosen = {col: in_filter(filter, col) for tree in variables for col in tree}
         return [
             {col: jax.tree.map(lambda _, c=col: chosen[c], values) for col, values in tree.items()}
@@ -187,6 +204,23 @@ class LinenGroup:
             }
             roots[i] = {col: values for col, values in taken.items() if values is not None}
         return [roots[i] for i in range(len(self._roots))]
+
+
+def _checked(filter: Filter) -> Filter:
+    """``filter``, a filter of collections or RNG streams.
+
+    Raises:
+      TypeError: it is none.
+    """
+    try:
+        in_filter(filter, "")
+    except InvalidFilterError:
+        raise TypeError(
+            "filter: expected a bool, the name of a collection or of an RNG stream, a sequence of "
+            "names, a flax.core.DenyList, or, for the variables to differentiate, a predicate "
+            f"(path, value) -> bool; got {filter!r}."
+        ) from None
+    return filter
 
 
 def _check_bound(target: Any) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lifted._engine import Call, check_scalar, check_selects
-from lifted._errors import describe, is_float0
+from lifted._engine import Call, check_inputs, check_scalar, check_selects
 from lifted._functional import Filter, Updates, Variables
-from lifted._inputs import Layout, Selection, is_differentiable, zeros_float0
+from lifted._inputs import Layout, Selection, zeros_like_aval
 from lifted._reduce import axis_names, psum_broadcast
+from lifted._tangents import match_tangents
 
 
 def value_and_grad(
@@ -162,6 +162,8 @@ def _value_and_grad(
 
     def attempt(variables: Variables) -> tuple[Any, Updates]:
         inputs = selection.inputs(call.functional, variables, call.primals)
+        if holomorphic:
+            check_inputs(call.name, inputs, np.complexfloating)
         transform = jax.value_and_grad(
             call.pure(inputs, scalar), has_aux=True, holomorphic=holomorphic
         )
@@ -277,41 +279,17 @@ class _Pullback:
     outputs: tuple[Any, ...]
     axes: tuple[Any, ...]
 
-    def __call__(self, transpose: Callable[..., Any], values: list[Any], cotangent: Any) -> Any:
-        (grads,) = transpose(self._checked(cotangent))
-        return self.layout.fill(psum_broadcast(values, grads, self.axes).__getitem__)
-
-    def _checked(self, cotangent: Any) -> Any:
-        is_none = lambda x: x is None  # noqa: E731
-        entries, treedef = jax.tree_util.tree_flatten_with_path(cotangent, is_leaf=is_none)
-        if treedef != self.treedef:
+    def __call__(self, transpose: Callable[..., Any], values: list[Any], *cotangent: Any) -> Any:
+        if len(cotangent) != 1:
             raise TypeError(
-                f"cotangent: expected the structure of the output of fn, {self.treedef}, got "
-                f"{treedef}."
+                f"bwd(cotangent): expected 1 argument, of the structure {self.treedef}, got "
+                f"{len(cotangent)}."
             )
-        return self.treedef.unflatten(
-            [
-                _check_cotangent(x, y, path)
-                for (path, x), y in zip(entries, self.outputs, strict=True)
-            ]
-        )
-
-
-def _check_cotangent(cotangent: Any, output: Any, path: Any) -> Any:
-    where = "cotangent" + jax.tree_util.keystr(path)
-    if not is_differentiable(output):
-        if cotangent is None or is_float0(cotangent):
-            return zeros_float0(output.shape)
-        raise TypeError(
-            f"{where}: the output {describe(output)} cannot be differentiated, so its cotangent "
-            "can only be zero: give "
-            f"None; got {describe(cotangent)}."
-        )
-    if cotangent is None:
-        return jax.numpy.zeros(output.shape, output.dtype)
-    if np.shape(cotangent) != output.shape:
-        raise ValueError(
-            f"{where}: expected the shape of the output, {describe(output)}, got "
-            f"{describe(cotangent)}."
-        )
-    return cotangent
+        outputs = self.treedef.unflatten(self.outputs)
+        matched = match_tangents(outputs, cotangent[0], ("cotangent",))
+        complete = [
+            zeros_like_aval(aval) if ct is None else ct
+            for aval, ct in zip(self.outputs, matched, strict=True)
+        ]
+        (grads,) = transpose(self.treedef.unflatten(complete))
+        return self.layout.fill(psum_broadcast(values, grads, self.axes).__getitem__)

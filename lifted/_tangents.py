@@ -1,4 +1,4 @@
-"""Tangents as a caller gives them, matched with the values that they belong to.
+"""Tangents and cotangents as a caller gives them, matched with the values that they belong to.
 
 Anything may be left out, None or zero; all mean zero. What is left out or None is not
 differentiated at all. A value in a box (`nn.Partitioned`, an `nnx.Variable`) takes a tangent in a
@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import Path, describe, dtype_of, is_float0, key_of, path_text, suggestion
+from lifted._errors import (
+    Path,
+    describe,
+    dtype_of,
+    is_array,
+    is_float0,
+    key_of,
+    path_text,
+    suggestion,
+)
 from lifted._inputs import is_differentiable
 
 
@@ -53,7 +62,7 @@ def match_tangents(values: Any, tangents: Any, path: Path, *, partial: bool = Fa
     if _is_box(values, children):
         return match_tangents(children[0][1], _unboxed(tangents), path, partial=partial)
     raise TypeError(
-        f"{path_text(path)}: expected a tangent of the structure {jax.tree.structure(values)} "
+        f"{path_text(path)}: expected a {_noun(path)} of the structure {jax.tree.structure(values)} "
         "(None for zero), got "
         f"{jax.tree.structure(tangents)}."
     )
@@ -68,18 +77,24 @@ def _match_mapping(
 ) -> list[Any]:
     if not isinstance(tangents, Mapping):
         raise TypeError(
-            f"{path_text(path)}: expected a dictionary with the tangents of {_listed(values)} "
+            f"{path_text(path)}: expected a dictionary with the {_noun(path)}s of "
+            f"{_listed(values)} "
             "(what is left out is zero), "
             f"got {describe(tangents)}."
         )
     for key, tangent in tangents.items():
         if key not in values and jax.tree.leaves(tangent) and not partial:
             raise ValueError(
-                f"{path_text((*path, key))}: a tangent is given, but there is no such variable; "
+                f"{path_text((*path, key))}: a {_noun(path)} is given, but there is no such "
+                f"{'variable' if path[0] == 'variable_tangents' else 'entry'}; "
                 f"{suggestion(key, values)}."
             )
     pairs = [(v, tangents.get(key), (*path, key)) for key, v in children or ()]
     return [t for v, tangent, p in pairs for t in match_tangents(v, tangent, p, partial=partial)]
+
+
+def _noun(path: Path) -> str:
+    return "cotangent" if path[0] == "cotangent" else "tangent"
 
 
 def _listed(values: Mapping[Any, Any]) -> str:
@@ -116,22 +131,20 @@ def _unboxed(tangent: Any) -> Any:
 def _check_leaf(value: Any, tangent: Any, path: Path) -> Any:
     """``tangent`` where it fits ``value``; None where it is the trivial tangent of what cannot be
     differentiated."""
-    where = path_text(path)
-    if _children(tangent) is not None:
-        raise TypeError(
-            f"{where}: expected a tangent of type {describe(value)}, got "
-            f"{jax.tree.structure(tangent)}."
-        )
+    where, noun = path_text(path), _noun(path)
+    if not is_array(tangent):
+        got = describe(tangent) if _children(tangent) is None else jax.tree.structure(tangent)
+        raise TypeError(f"{where}: expected a {noun} of type {describe(value)}, got {got}.")
     if np.shape(tangent) != np.shape(value):
         raise ValueError(
-            f"{where}: expected a tangent of the shape of its value, {describe(value)}, got "
+            f"{where}: expected a {noun} of the shape of its value, {describe(value)}, got "
             f"{describe(tangent)}."
         )
     if not is_differentiable(value):
         if is_float0(tangent) or _is_concrete_zero(tangent):
             return None
         raise TypeError(
-            f"{where}: {describe(value)} cannot be differentiated, so its tangent can only be "
+            f"{where}: {describe(value)} cannot be differentiated, so its {noun} can only be "
             "zero: leave it out, or "
             f"give None; got {describe(tangent)}."
         )
@@ -139,9 +152,9 @@ def _check_leaf(value: Any, tangent: Any, path: Path) -> Any:
         return np.asarray(tangent, dtype_of(value))[()]
     if dtype_of(tangent) != dtype_of(value):
         raise TypeError(
-            f"{where}: expected a tangent of the dtype of its value, {describe(value)}, got "
+            f"{where}: expected a {noun} of the dtype of its value, {describe(value)}, got "
             f"{describe(tangent)}. "
-            f"Convert it: tangent.astype({dtype_of(value).name!r})."
+            f"Convert it: {noun}.astype({dtype_of(value).name!r})."
         )
     return tangent
 
