@@ -234,7 +234,8 @@ class _Program:
 
 
 def _draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:
-    keys = {name: stream() for name, stream in rngs.items()}
+    # Not by `rngs.items()`: `nnx.tabulate` compiles every public method, and it is a generator.
+    keys = {name: rngs[name]() for name in rngs}
     if "default" in keys:
         keys.setdefault("params", keys.pop("default"))
     return keys
