@@ -7,6 +7,7 @@ into the tree. So every Linen model works, and the numbers are those of Linen.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -36,8 +37,9 @@ class Host(Node):
     """Runs a Linen module, with its variables as a tree of NNX modules and Variables.
 
     It is an `nnx.Module`: `nnx.split`, `nnx.state`, `nnx.jit`, `nnx.grad`, `nnx.Optimizer` and
-    the transforms of `lifted` take it. A method of the Linen module is called as on the module
-    itself (`model.encode(x)`), unless a variable or `nnx.Module` has that name; then by
+    the transforms of `lifted` take it. Fields of the Linen module are read, and its methods called,
+    as on the module itself (`model.features`, `model.encode(x)`), unless a variable, a submodule or
+    an attribute of `nnx.Module` has that name; then a method is called by
     `model(x, method='encode')`.
 
     Args:
@@ -155,11 +157,16 @@ class Host(Node):
     def __getattr__(self, name: str) -> Any:
         # Only for what is neither a variable, a submodule nor an attribute of nnx.Module.
         program = None if name.startswith("__") else vars(self).get("_linen")
-        if program is not None and callable(method := getattr(type(program.module), name, None)):
+        if program is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self)
+        if name in program.fields:
+            return getattr(program.module, name)
+        if callable(method := getattr(type(program.module), name, None)):
             return functools.partial(self, method=method)
-        kind = type(self).__name__ if program is None else f"the hosted {program!r}"
         raise AttributeError(
-            f"{kind} has no variable, submodule or method {name!r}", name=name, obj=self
+            f"the hosted {program!r} has no variable, submodule, field or method {name!r}",
+            name=name,
+            obj=self,
         )
 
 
@@ -204,6 +211,7 @@ class _Program:
 
     def __init__(self, module: nn.Module, mutable: CollectionFilter | None) -> None:
         self.module = module
+        self.fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
         self._mutable = mutable
 
     def mutable_collections(

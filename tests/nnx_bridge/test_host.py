@@ -112,9 +112,13 @@ def test_methods_are_called_as_on_the_module() -> None:
     np.testing.assert_array_equal(model(X, method="predict"), expected)
 
 
+def test_fields_are_read_as_on_the_module() -> None:
+    assert Host.init(nn.Dense(8, use_bias=False), KEYS, X).features == 8
+
+
 def test_an_unknown_attribute_is_an_error_that_says_what_could_be_meant() -> None:
     model = Host.init(Net(), KEYS, X)
-    with pytest.raises(AttributeError, match="hosted Net has no variable.*'encode'"):
+    with pytest.raises(AttributeError, match="hosted Net has no variable.* method 'encode'"):
         model.encode(X)
 
 
