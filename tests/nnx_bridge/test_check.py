@@ -117,7 +117,7 @@ def test_a_module_that_is_another_program_each_time_is_found_out() -> None:
 
 
 def test_a_host_that_forgets_statistics_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "_write", lambda model, updates: None)
+    monkeypatch.setattr(_host, "write", lambda root, updates: None)
     failures = check(mlp()).failures
     assert {(row.what, row.route) for row in failures} == {
         ("state", "lifted on NNX"),
