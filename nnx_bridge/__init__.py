@@ -1,5 +1,6 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
 
+from nnx_bridge._capture import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
 from nnx_bridge._case import Case, CaseError, load_case
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge._equivalence import check
@@ -8,6 +9,8 @@ from nnx_bridge._report import Report, Row, Verdict
 from nnx_bridge._tree import Node
 
 __all__ = [
+    "CapturedGrad",
+    "CapturedJvp",
     "Case",
     "CaseError",
     "Host",
@@ -15,6 +18,9 @@ __all__ = [
     "Report",
     "Row",
     "Verdict",
+    "capture",
+    "capture_grad",
+    "capture_jvp",
     "check",
     "collection_name",
     "load_case",

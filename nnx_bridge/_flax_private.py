@@ -6,13 +6,15 @@ They are used from here only; ``tests/nnx_bridge/test_flax_private.py`` checks t
 behaviour that we rely on.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax import nnx
 from flax.nnx import graphlib
 
 Indices = graphlib.RefMap
+_CAPTURES = "__captures__"
 
 
 def flatten(node: Any) -> tuple[Any, list[tuple[Any, ...]], list[Any], Indices]:
@@ -45,3 +47,23 @@ def update_graph(graphdef: Any, leaves: Sequence[Any], indices: Indices) -> None
 def rng_stream(variable: Any) -> str | None:
     """Name of the RNG stream that a Variable belongs to; None for one that is no RNG state."""
     return variable.get_metadata().get("tag") if isinstance(variable, nnx.RngState) else None
+
+
+@contextlib.contextmanager
+def captures(module: nnx.Module, variables: Sequence[nnx.Variable[Any]]) -> Iterator[None]:
+    """Lets ``sow`` and ``perturb`` of ``module`` find ``variables``, in front of those that it has.
+
+    `nnx.capture` keeps one Variable for each type that it records in the attribute
+    ``__captures__``.
+    """
+    outer = vars(module).get(_CAPTURES)
+    types = {type(variable) for variable in variables}
+    others = tuple(v for v in outer or () if type(v) not in types)
+    setattr(module, _CAPTURES, nnx.data((*variables, *others)))
+    try:
+        yield
+    finally:
+        if outer is None:
+            delattr(module, _CAPTURES)
+        else:
+            setattr(module, _CAPTURES, nnx.data(outer))

@@ -4,7 +4,7 @@ The values of Variables do not count here. Comparing attributes by identity is s
 than describing the graph once more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ def _contents(node: Any) -> dict[str, Any]:
 
 def _shallow(value: Any) -> Any:
     """A container, which may be changed in place, as a copy; anything else as it is."""
+    if isinstance(value, Mapping):
+        value = dict(value)
     if type(value) in (dict, list):
         return jax.tree.map(lambda x: x, value, is_leaf=_is_node)
     return value
