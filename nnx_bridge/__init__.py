@@ -4,8 +4,9 @@ from nnx_bridge._capture import CapturedGrad, CapturedJvp, capture, capture_grad
 from nnx_bridge._case import Case, CaseError, load_case
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge._equivalence import check
-from nnx_bridge._host import Host, Node, unhost
+from nnx_bridge._host import Host, unhost
 from nnx_bridge._report import Report, Row, Verdict
+from nnx_bridge._tree import Node
 
 __all__ = [
     "CapturedGrad",

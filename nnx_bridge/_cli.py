@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,26 @@ from nnx_bridge._report import Report
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flaxlift {version('flaxlift')}")
+        raise typer.Exit
+
+
+def _check_folder(file: Path | None) -> Path | None:
+    # Now, not when the work is done.
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"{file.parent} is no folder")
+    return file
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """Moves Flax Linen models to Flax NNX, and proves that nothing changed."""
 
 
@@ -33,7 +52,13 @@ def check_command(
     ],
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write every row as JSON; `-` for stdout."),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write every row as JSON; `-` for stdout.",
+            dir_okay=False,
+            callback=_check_folder,
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Makes parameters, keys and random directions.")

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
+import lifted
 from examples.small_model import mlp
-from nnx_bridge import Case, CaseError, Verdict, check
+from nnx_bridge import Case, CaseError, Verdict, _host, check
 from nnx_bridge._equivalence import STEPS
 
 X = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(4, 3)
@@ -112,6 +114,35 @@ def test_a_module_that_is_another_program_each_time_is_found_out() -> None:
     report = check(Case(Module(lambda mdl, x: nn.Dense(3)(x) * next(calls)), (X,)))
     assert not report.agrees
     assert {row.verdict for row in report.failures} == {Verdict.DIFFERS}
+
+
+def test_a_host_that_forgets_statistics_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "write", lambda root, updates: None)
+    failures = check(mlp()).failures
+    assert {(row.what, row.route) for row in failures} == {
+        ("state", "lifted on NNX"),
+        ("state after gradient", "lifted on NNX"),
+        ("state after jvp", "lifted on NNX"),
+    }
+
+
+def test_a_gradient_that_is_wrong_in_one_parameter_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        grads, *rest = grad(*args, **kwargs)
+        if not isinstance(grads, nnx.State):
+            grads["params"]["Dense_1"]["bias"] *= 1.001
+        return grads, *rest
+
+    grad = lifted.grad
+    monkeypatch.setattr(lifted, "grad", faulty)
+    (failure,) = check(mlp()).failures
+    assert (failure.what, failure.route, failure.path) == (
+        "parameter gradient",
+        "lifted on Linen",
+        "params/Dense_1/bias",
+    )
 
 
 def test_what_is_not_a_number_is_named() -> None:

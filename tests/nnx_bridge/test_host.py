@@ -112,9 +112,13 @@ def test_methods_are_called_as_on_the_module() -> None:
     np.testing.assert_array_equal(model(X, method="predict"), expected)
 
 
+def test_fields_are_read_as_on_the_module() -> None:
+    assert Host.init(nn.Dense(8, use_bias=False), KEYS, X).features == 8
+
+
 def test_an_unknown_attribute_is_an_error_that_says_what_could_be_meant() -> None:
     model = Host.init(Net(), KEYS, X)
-    with pytest.raises(AttributeError, match="hosted Net has no variable.*'encode'"):
+    with pytest.raises(AttributeError, match="hosted Net has no variable.* method 'encode'"):
         model.encode(X)
 
 
@@ -170,6 +174,11 @@ def test_split_and_merge_keep_the_host() -> None:
     np.testing.assert_array_equal(copy(X), model(X))
 
 
+def test_tabulate_counts_the_parameters() -> None:
+    # Kernel, bias, scale and bias, the statistics, and key and count of two streams.
+    assert "Total Parameters: 68" in nnx.tabulate(Host.init(Net(), KEYS, X), X)
+
+
 def test_under_jit_updates_arrive_and_equal_modules_share_a_compilation() -> None:
     traced = []
 
@@ -183,6 +192,32 @@ def test_under_jit_updates_arrive_and_equal_modules_share_a_compilation() -> Non
     np.testing.assert_array_equal(y, z)
     assert len(traced) == 1
     assert not np.array_equal(model.BatchNorm_0.mean.get_value(), np.zeros(8))
+
+
+def test_no_tracer_leaks_from_a_compiled_gradient() -> None:
+    model = Host.init(Net(), KEYS, X)
+    with jax.checking_leaks():
+        grads = nnx.jit(nnx.grad(lambda model: model(X).sum()))(model)
+    assert grads.Dense_0.kernel.shape == (3, 8)
+
+
+def test_initialisation_can_be_abstract() -> None:
+    model = nnx.eval_shape(lambda: Host.init(Net(), KEYS, X))
+    assert model.Dense_0.kernel.get_value() == jax.ShapeDtypeStruct((3, 8), jnp.float32)
+
+
+def test_a_host_is_a_part_of_an_nnx_module() -> None:
+    class Head(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.body = Host.init(Net(), rngs, X)
+            self.head = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.body(x))
+
+    model = Head(nnx.Rngs(0))
+    assert nnx.jit(lambda model: model(X))(model).shape == (4, 2)
+    assert model.body.BatchNorm_0.mean.get_value().any()
 
 
 def test_variables_that_a_call_creates_come_out_of_jit() -> None:
