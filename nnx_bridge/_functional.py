@@ -159,12 +159,13 @@ class NNXGroup:
         for i, tree in enumerate(by_target):
             if isinstance(tree, nnx.State):
                 flat.update({(i, *path): leaf for path, leaf in nnx.to_flat_state(tree)})
-            else:
+            elif tree is not None:
                 flat[(i,)] = tree
         return flat
 
     def _by_target(self, flat: Mapping[Path, Any]) -> list[Any]:
-        """The inverse of `_flat`: a state for each module, a Variable for a target that is one."""
+        """The inverse of `_flat`: a state for each module; for a target that is a Variable that
+        one, or None."""
         trees: list[Any] = []
         for i, target in enumerate(self._targets):
             of_target = [(path[1:], leaf) for path, leaf in flat.items() if path[0] == i]
