@@ -1,6 +1,12 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
 
-from nnx_bridge._capture import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
+from nnx_bridge._capture import capture
+from nnx_bridge._capture_derivatives import (
+    CapturedGrad,
+    CapturedJvp,
+    capture_grad,
+    capture_jvp,
+)
 from nnx_bridge._case import Case, CaseError, load_case
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge._equivalence import check
