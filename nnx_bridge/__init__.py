@@ -1,5 +1,6 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
 
+import nnx_bridge._functional  # noqa: F401  (makes NNX modules known to lifted)
 from nnx_bridge._capture import capture
 from nnx_bridge._capture_derivatives import (
     CapturedGrad,
