@@ -23,6 +23,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis.database import DirectoryBasedExampleDatabase  # noqa: E402
 
+# Imported here once: pytest, collecting the doctests of a file whose package is not imported yet,
+# would load the file a second time, with classes of its own.
+import layers  # noqa: E402, F401
+import lifted  # noqa: E402, F401
+import nnx_bridge  # noqa: E402, F401
+
 settings.register_profile(
     "default",
     max_examples=15,

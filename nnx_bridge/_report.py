@@ -50,7 +50,19 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One array of one route beside the same array of raw JAX; or why there is none."""
+    """One array of one program beside the same array of raw JAX; or why there is none.
+
+    Attributes:
+        what: What the array is, such as "parameter gradient".
+        route: The program that computed it.
+        path: Its path, such as `params/Dense_0/kernel`.
+        shape: Its shape.
+        dtype: Its dtype.
+        max_error: The largest absolute difference; NaN where there is nothing to subtract.
+        max_roundings: The same in roundings; infinite for any difference of integers.
+        verdict: Whether it counts as equal, and if not, why.
+        error: What was raised, or other details of the verdict.
+    """
 
     what: str
     route: str
@@ -65,7 +77,25 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found; `skipped` says what raw JAX itself cannot do with the module."""
+    """What a check found. `rich.print(report)` shows it as a table.
+
+    Attributes:
+        name: The name of the case.
+        rows: One for each array of each program.
+        seed: The seed of the check.
+        versions: The versions of the packages that computed it.
+        skipped: What raw JAX itself cannot do with the module, and why.
+
+    Example:
+        >>> rows = compare_arrays("output", "mine", {"y": np.ones(3)}, {"y": np.zeros(3)})
+        >>> report = Report("model", tuple(rows), seed=0, versions={})
+        >>> report.agrees
+        False
+        >>> report.assert_equal()
+        Traceback (most recent call last):
+        AssertionError: model does not agree:
+          output, mine, y: differs by 1 in float64[3], which must be equal
+    """
 
     name: str
     rows: tuple[Row, ...]
