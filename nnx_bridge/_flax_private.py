@@ -44,6 +44,11 @@ def update_graph(graphdef: Any, leaves: Sequence[Any], indices: Indices) -> None
     graphlib.unflatten(graphdef, list(leaves), outer_index_outer_ref=outer)
 
 
+def attributes(node: Any) -> dict[str, Any]:
+    """The attributes of an NNX object, without those in which NNX keeps its own books."""
+    return {name: x for name, x in vars(node).items() if not name.startswith("_pytree__")}
+
+
 def rng_stream(variable: Any) -> str | None:
     """Name of the RNG stream that a Variable belongs to; None for one that is no RNG state."""
     return variable.get_metadata().get("tag") if isinstance(variable, nnx.RngState) else None

@@ -4,13 +4,14 @@ The values of Variables do not count here. Comparing attributes by identity is s
 than describing the graph once more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from lifted._trees import identical
+from nnx_bridge import _flax_private
 
 
 class Snapshot:
@@ -27,13 +28,11 @@ class Snapshot:
 
 
 def _contents(node: Any) -> dict[str, Any]:
-    return {name: _shallow(value) for name, value in vars(node).items()}
+    return {name: _shallow(value) for name, value in _flax_private.attributes(node).items()}
 
 
 def _shallow(value: Any) -> Any:
     """A container, which may be changed in place, as a copy; anything else as it is."""
-    if isinstance(value, Mapping):
-        value = dict(value)
     if type(value) in (dict, list):
         return jax.tree.map(lambda x: x, value, is_leaf=_is_node)
     return value
