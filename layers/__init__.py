@@ -14,6 +14,7 @@ from layers._gaussian import gaussian_predict as gaussian_predict
 from layers._linear import DropConnectLinear as DropConnectLinear
 from layers._monte_carlo import Prediction as Prediction
 from layers._monte_carlo import mc_predict as mc_predict
+from layers._pallas import fused_product as fused_product
 from layers._per_example import map_examples as map_examples
 from layers._replace import DropConnectSummary as DropConnectSummary
 from layers._replace import Replacement as Replacement

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers._generators import GENERATORS, Generator, check_generator
+from layers._generators import GENERATORS, Generator, RowIndex, check_generator
 from layers._keys import check_key
 from layers._rates import check_rate
 
@@ -111,20 +111,37 @@ def drop_weight(
             f"weight must have a floating or complex dtype, got {weight.dtype} with shape "
             f"{weight.shape}; leave integer parameters out of the selection."
         )
-    return _drop(weight, key, rate, generator) if rate else weight
+    return drop_rows(weight, key, rate, generator) if rate else weight
 
 
 # Compiled as one unit, so that an eager call makes no intermediate arrays either.
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _drop(weight: jax.Array, key: jax.Array, rate: float, generator: Generator) -> jax.Array:
+def drop_rows(
+    weight: jax.Array, key: jax.Array, rate: float, generator: Generator, first_row: RowIndex = 0
+) -> jax.Array:
+    """`drop_weight` of checked arguments, for the rows of a matrix from `first_row` on."""
+    stored = GENERATORS[generator].draw(key, weight.shape, rate, first_row)
+    return apply_stored(weight, stored, rate, generator)
+
+
+def apply_stored(
+    weight: jax.Array, stored: jax.Array, rate: float, generator: Generator
+) -> jax.Array:
+    """Masks and scales `weight` with the stored bits of a generator."""
     bits = GENERATORS[generator]
     scale = 1.0 / bits.probability(rate)
 
     @jax.checkpoint
     def apply(weight: jax.Array, stored: jax.Array) -> jax.Array:
-        mask = bits.expand(stored, weight.shape, rate)
-        # Half precision is scaled in float32: a bfloat16 scale would bias every weight alike.
-        wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-        return jnp.where(mask, (wide * scale).astype(weight.dtype), jnp.zeros((), weight.dtype))
+        return select_scaled(weight, bits.expand(stored, weight.shape, rate), scale)
 
-    return apply(weight, bits.draw(key, weight.shape, rate))
+    return apply(weight, stored)
+
+
+def select_scaled(weight: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """The kept weights times `scale`, and zeros."""
+    # Selected first: in a loop over masks, XLA would keep a scaled or widened copy of the weight.
+    kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
+    # Half precision is scaled in float32: a bfloat16 scale would bias every weight alike.
+    wide = kept.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    return (wide * scale).astype(weight.dtype)

@@ -1,4 +1,4 @@
-"""The private parts of Flax that this package knows of; each has a test that fails when it changes."""
+"""The private parts of Flax that this package knows of, each with a test that fails on a change."""
 
 from typing import Any
 

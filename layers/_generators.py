@@ -1,8 +1,9 @@
 """Where the bits of a mask come from.
 
 A generator is a pair of functions.  `draw(key, shape, rate)` returns what is worth storing between
-the forward and the backward pass; `expand(stored, shape, rate)` turns it into a boolean mask, in
-elementwise operations that XLA fuses into whatever reads the mask.
+the forward and the backward pass (of a part of a matrix, given its `first_row`);
+`expand(stored, shape, rate)` turns it into a boolean mask, in elementwise operations that XLA fuses
+into whatever reads the mask.
 
 ===========  =========================================  ==================  ======================
 name         bits                                       resolution          stored per weight
@@ -15,8 +16,9 @@ bernoulli    exactly `jax.random.bernoulli`             2**-23              1 bi
 ===========  =========================================  ==================  ======================
 
 `default` is as strong as JAX's own generator (Salmon et al., 2011): partitionable threefry spends
-a whole block of two words on every 32 bits, this one uses both.  `fast` is two rounds of a 32-bit
-avalanche mixer; it passes the statistical tests of this package and is not cryptographic.
+a whole block of two words on every 32 bits, this one uses both.  `fast` encrypts the key with
+one such block and hashes it with each position in two rounds of a 32-bit avalanche mixer; it passes
+the statistical tests of this package and is not cryptographic.
 
 All three are functions of the key and of the position of the weight in its array alone: the same
 on every backend and for every sharding, and each device makes only its own part.
@@ -38,8 +40,9 @@ from layers._rates import WORD, keep_threshold
 
 Generator: TypeAlias = Literal["default", "fast", "bernoulli"]
 Shape: TypeAlias = tuple[int, ...]
+RowIndex: TypeAlias = jax.Array | int
 
-_ROWS = 8  # rows that share one byte
+ROWS = 8  # rows that share one byte
 _FLOAT_STEPS = 2**23  # distinct values of a float32 from jax.random.uniform
 
 
@@ -65,9 +68,17 @@ def key_words(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     return words[0], words[1]
 
 
-def counter(shape: Shape) -> tuple[jax.Array, jax.Array]:
-    """Row-major position of each element as a (high, low) pair of 32-bit words."""
-    words = [jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32)]
+def counter(
+    shape: Shape, like: jax.Array | int = 0, first: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Row-major position of each element as a (high, low) pair of 32-bit words.
+
+    `first` is the position of the first element.  `like` is a word of the key; the positions are
+    made to depend on it in name, so that XLA does not move them out of a loop over keys, where they
+    would be kept as arrays.
+    """
+    _, low = lax.optimization_barrier((like, jnp.asarray(first, jnp.uint32)))
+    words = [jnp.full(shape, low), jnp.zeros(shape, jnp.uint32)]
     word, stride = 0, 1
     for axis in reversed(range(len(shape))):
         if stride * shape[axis] > WORD:
@@ -121,16 +132,16 @@ def _matrix_shape(shape: Shape) -> Shape:
 
 def _bytes_shape(shape: Shape) -> Shape:
     *lead, rows, columns = _matrix_shape(shape)
-    return (*lead, -(-rows // _ROWS), columns)
+    return (*lead, -(-rows // ROWS), columns)
 
 
 def _unpack(packed: jax.Array, shape: Shape, rate: float) -> jax.Array:
     del rate
     *lead, rows, columns = _matrix_shape(shape)
     blocks = packed.shape[-2]
-    bit = lax.broadcasted_iota(jnp.uint8, (*lead, blocks, _ROWS, columns), len(lead) + 1)
+    bit = lax.broadcasted_iota(jnp.uint8, (*lead, blocks, ROWS, columns), len(lead) + 1)
     kept = ((packed[..., None, :] >> bit) & jnp.uint8(1)).astype(bool)
-    kept = kept.reshape((*lead, blocks * _ROWS, columns))
+    kept = kept.reshape((*lead, blocks * ROWS, columns))
     return kept[..., :rows, :].reshape(shape)
 
 
@@ -138,39 +149,49 @@ def _or_bits(bits: jax.Array, axis: int) -> jax.Array:
     return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (axis,))
 
 
-def _draw_threefry(key: jax.Array, shape: Shape, rate: float) -> jax.Array:
+def _draw_threefry(key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 0) -> jax.Array:
     *lead, blocks, columns = _bytes_shape(shape)
     # One axis for the four threefry blocks of a byte, each of which serves two rows.
-    shape = (*lead, _ROWS // 2, blocks, columns)
-    axis = len(lead)
+    shape = (*lead, blocks, ROWS // 2, columns)
+    axis = len(lead) + 1
     threshold = jnp.uint32(keep_threshold(rate))
-    first, second = threefry(key_words(key), counter(shape))
-    pair = (first < threshold).astype(jnp.uint8)
-    pair = pair | ((second < threshold).astype(jnp.uint8) << jnp.uint8(1))
+    words = key_words(key)
+    even, odd = threefry(words, counter(shape, words[0], first_row // 2 * columns))
+    pair = (even < threshold).astype(jnp.uint8)
+    pair = pair | ((odd < threshold).astype(jnp.uint8) << jnp.uint8(1))
     packed = _or_bits(pair << (lax.broadcasted_iota(jnp.uint8, shape, axis) * jnp.uint8(2)), axis)
     # Without the barrier XLA may fuse the draw into its eight readers and repeat it for each.
     return lax.optimization_barrier(packed)
 
 
-def _draw_bernoulli(key: jax.Array, shape: Shape, rate: float) -> jax.Array:
+def _draw_bernoulli(
+    key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 0
+) -> jax.Array:
+    del first_row
     # A float32 probability, so that enabling 64-bit types does not change the bits.
     kept = jax.random.bernoulli(key, np.float32(1.0 - rate), shape)
     *lead, rows, columns = _matrix_shape(shape)
-    blocks = -(-rows // _ROWS)
+    blocks = -(-rows // ROWS)
     kept = kept.reshape((*lead, rows, columns))
-    kept = jnp.pad(kept, [(0, 0)] * len(lead) + [(0, blocks * _ROWS - rows), (0, 0)])
-    kept = kept.reshape((*lead, blocks, _ROWS, columns)).astype(jnp.uint8)
+    kept = jnp.pad(kept, [(0, 0)] * len(lead) + [(0, blocks * ROWS - rows), (0, 0)])
+    kept = kept.reshape((*lead, blocks, ROWS, columns)).astype(jnp.uint8)
     axis = len(lead) + 1
     return _or_bits(kept << lax.broadcasted_iota(jnp.uint8, kept.shape, axis), axis)
 
 
-def _draw_hash(key: jax.Array, shape: Shape, rate: float) -> jax.Array:
-    del shape, rate
-    return jnp.stack(key_words(key))
+def _draw_hash(key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 0) -> jax.Array:
+    del rate
+    # One threefry block, so that keys which are related by a few bits give unrelated hashes; its
+    # counter is one that no weight has.
+    last = jnp.uint32(WORD - 1)
+    words = threefry(key_words(key), (last, last))
+    first = jnp.asarray(first_row * _matrix_shape(shape)[-1], jnp.uint32)
+    return jnp.stack([*words, first])
 
 
 def _expand_hash(words: jax.Array, shape: Shape, rate: float) -> jax.Array:
-    return hash_words((words[0], words[1]), counter(shape)) < jnp.uint32(keep_threshold(rate))
+    position = counter(shape, words[0], words[2])
+    return hash_words((words[0], words[1]), position) < jnp.uint32(keep_threshold(rate))
 
 
 def _word_probability(rate: float) -> float:
@@ -183,13 +204,14 @@ def _bernoulli_probability(rate: float) -> float:
 
 
 class _Bits(NamedTuple):
-    draw: Callable[[jax.Array, Shape, float], jax.Array]
+    draw: Callable[..., jax.Array]
     expand: Callable[[jax.Array, Shape, float], jax.Array]
     probability: Callable[[float], float]
+    by_rows: bool  # whether `draw` can begin at a row of a matrix, a multiple of ROWS
 
 
 GENERATORS: dict[str, _Bits] = {
-    "default": _Bits(_draw_threefry, _unpack, _word_probability),
-    "fast": _Bits(_draw_hash, _expand_hash, _word_probability),
-    "bernoulli": _Bits(_draw_bernoulli, _unpack, _bernoulli_probability),
+    "default": _Bits(_draw_threefry, _unpack, _word_probability, True),
+    "fast": _Bits(_draw_hash, _expand_hash, _word_probability, True),
+    "bernoulli": _Bits(_draw_bernoulli, _unpack, _bernoulli_probability, False),
 }

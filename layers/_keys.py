@@ -36,9 +36,7 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
 
 
 def _message(name: str, came: str) -> str:
-    return (
-        f"{name} must be a PRNG key (jax.random.key(seed), or a raw uint32 key), got {came}."
-    )
+    return f"{name} must be a PRNG key (jax.random.key(seed), or a raw uint32 key), got {came}."
 
 
 def fork_stream(rngs: RngSource | None, collection: str) -> Any:

@@ -5,6 +5,7 @@ one expression: the kernel it multiplies with is `drop_weight(kernel, key, rate)
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -14,7 +15,8 @@ from layers._base import DropConnectModule
 from layers._drop import drop_weight
 from layers._generators import Generator
 from layers._keys import RngSource
-from layers._per_example import map_examples
+from layers._pallas import fused_product
+from layers._per_example import per_example_dot
 
 _SETTINGS = (
     "in_features",
@@ -53,13 +55,16 @@ class DropConnectLinear(DropConnectModule):
       generator: where the bits of the mask come from; see `drop_weight`.
       per_example: if True, each example (index of the leading axis of the inputs) has a mask of
         its own, the training rule of the paper, without a batch of kernels in memory.
+      fused: if True, use the Pallas kernel of `fused_product` on GPU and TPU; the generator must
+        be `'fast'` and the base layer's product the plain one.
 
     Attributes:
       kernel: `nnx.Param` of shape (in_features, out_features).
       bias: `nnx.Param` of shape (out_features,), or None.
       in_features, out_features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init,
         dot_general, promote_dtype, preferred_element_type: as in `nnx.Linear`.
-      rate, deterministic, rng_collection, rngs, generator, per_example: as above; `deterministic`
+      rate, deterministic, rng_collection, rngs, generator, per_example, fused: as above;
+        `deterministic`
         starts as False and is what `train`, `eval`, `set_attributes` and `nnx.view` change.
 
     Raises:
@@ -96,16 +101,21 @@ class DropConnectLinear(DropConnectModule):
         rngs: RngSource | None = None,
         generator: Generator = "default",
         per_example: bool = False,
+        fused: bool = False,
     ):
         if not isinstance(base_layer, nnx.Linear | DropConnectLinear):
             raise TypeError(
                 f"base_layer must be an nnx.Linear, got {type(base_layer).__name__}; "
                 "wrap other layers in layers.WeightDrop."
             )
-        if not isinstance(per_example, bool):
-            raise TypeError(f"per_example must be a bool, got {per_example!r}.")
+        for name, value in (("per_example", per_example), ("fused", fused)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}.")
         super().__init__(rate, generator, rng_collection, rngs)
+        if fused:
+            _check_fused(base_layer, generator, per_example)
         self.per_example = per_example
+        self.fused = fused
         self.kernel = base_layer.kernel
         self.bias = base_layer.bias if base_layer.bias is not None else nnx.data(None)
         for name in _SETTINGS:
@@ -122,6 +132,7 @@ class DropConnectLinear(DropConnectModule):
         rng_collection: str = "dropconnect",
         generator: Generator = "default",
         per_example: bool = False,
+        fused: bool = False,
         **linear_options: Any,
     ) -> Self:
         """Builds the layer without a base layer at hand.
@@ -135,6 +146,7 @@ class DropConnectLinear(DropConnectModule):
           rng_collection: the stream to ask for a key.
           generator: where the bits of the mask come from.
           per_example: whether each example has a mask of its own.
+          fused: whether to use the Pallas kernel on GPU and TPU.
           **linear_options: any other option of `nnx.Linear`.
 
         Returns:
@@ -158,6 +170,7 @@ class DropConnectLinear(DropConnectModule):
             rngs=rngs,
             generator=generator,
             per_example=per_example,
+            fused=fused,
         )
         for name in ("kernel_init", "bias_init"):
             setattr(layer, name, linear_options.get(name, getattr(layer, name)))
@@ -189,20 +202,21 @@ class DropConnectLinear(DropConnectModule):
         key = self.mask_key(deterministic, rngs)
         kernel = self.kernel[...]
         if key is None:
-            return self._product(inputs, kernel, out_sharding)
-
-        def masked_product(inputs: jax.Array, key: jax.Array) -> jax.Array:
-            dropped = drop_weight(kernel, key, self.rate, generator=self.generator)
-            return self._product(inputs, dropped, out_sharding)
-
-        if not self.per_example:
-            return masked_product(inputs, key)
+            return self._product(inputs, kernel, self.dot_general, out_sharding)
+        if not (self.per_example or self.fused):
+            kernel = drop_weight(kernel, key, self.rate, generator=self.generator)
+            return self._product(inputs, kernel, self.dot_general, out_sharding)
         if out_sharding is not None:
             raise ValueError(
-                "out_sharding cannot be given with per_example=True, where the product is taken "
-                "one example at a time; constrain the sharding of the result instead."
+                "out_sharding cannot be given with per_example=True or fused=True; constrain the "
+                "sharding of the result instead."
             )
-        return map_examples(masked_product, inputs, key)
+        if self.fused:
+            return self._product(
+                inputs, kernel, lambda x, w, *_, **__: fused_product(x, w, key, self.rate)
+            )
+        dot = per_example_dot(self.dot_general, key, self.rate, self.generator)
+        return self._product(inputs, kernel, dot)
 
     def to_linear(self) -> nnx.Linear:
         """The plain layer, sharing `kernel` and `bias`: the inverse of the constructor.
@@ -221,7 +235,14 @@ class DropConnectLinear(DropConnectModule):
         linear.bias = self.bias if self.bias is not None else nnx.data(None)
         return linear
 
-    def _product(self, inputs: jax.Array, kernel: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def _product(
+        self,
+        inputs: jax.Array,
+        kernel: jax.Array,
+        dot_general: Callable[..., jax.Array],
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The plain layer with another kernel, or another product."""
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
         # Left out unless set: a custom dot_general need not know the newer arguments.
@@ -234,5 +255,20 @@ class DropConnectLinear(DropConnectModule):
             if value is not None
         }
         contract = (((inputs.ndim - 1,), (0,)), ((), ()))
-        outputs = self.dot_general(inputs, kernel, contract, precision=self.precision, **options)
-        return outputs if bias is None else outputs + bias
+        outputs = dot_general(inputs, kernel, contract, precision=self.precision, **options)
+        if bias is None:
+            return outputs
+        return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
+
+
+def _check_fused(base_layer: Any, generator: str, per_example: bool) -> None:
+    """Raises ValueError where the Pallas kernel would not be what the layer asks for."""
+    if generator != "fast" or per_example:
+        raise ValueError(
+            "fused=True needs generator='fast', which the kernel computes in registers, and "
+            f"per_example=False; got generator={generator!r}, per_example={per_example}."
+        )
+    for name in ("dot_general", "precision", "preferred_element_type"):
+        value = getattr(base_layer, name)
+        if value is not _DEFAULTS[name]:
+            raise ValueError(f"fused=True takes the place of {name}, but it is set to {value!r}.")

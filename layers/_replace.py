@@ -190,9 +190,7 @@ def _size(module: nnx.Module) -> int:
     return sum(leaf.size for path, leaf in leaves if is_weight(path, leaf))
 
 
-def _rebuild(
-    root: Any, like: Any, replace: Callable[[Path, Any], Any], seen: list[Path]
-) -> Any:
+def _rebuild(root: Any, like: Any, replace: Callable[[Path, Any], Any], seen: list[Path]) -> Any:
     """Replaces each module of `root` for which `replace` returns another one, in place.
 
     A module for which it returns None is searched.  `like` is the model that `root` is a clone of:
@@ -203,7 +201,9 @@ def _rebuild(
 
     def visit(path: Path, node: Any, like: Any) -> Any:
         if isinstance(node, tuple) and type(node) is tuple:
-            return tuple(visit((*path, i), *pair) for i, pair in enumerate(zip(node, like)))
+            pairs = enumerate(zip(node, like, strict=True))
+            new = tuple(visit((*path, i), *pair) for i, pair in pairs)
+            return node if all(a is b for a, b in zip(new, node, strict=True)) else new
         if not isinstance(node, nnx.Pytree | list | dict) or isinstance(node, _STREAMS):
             return node
         if id(node) in done:

@@ -4,6 +4,7 @@ Paths are tuples, as in `nnx.iter_graph`; a glob is matched against their parts 
 """
 
 import fnmatch
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -76,13 +77,19 @@ def hidden_to_hidden(path: Path, value: Any) -> bool:
 def weight_keys(key: jax.Array, paths: Iterable[Path]) -> dict[Path, jax.Array]:
     """One key for each path; a lone weight has `key` itself.
 
-    The key depends on the path and not on its rank, so that selecting another weight, or an
-    attribute that is added later, does not change the masks of the rest.
+    The key depends on the path and not on its rank, so that an attribute that is added later does
+    not change the masks of the rest.  Linen's and NNX's spelling of a path have the same key.
     """
     paths = list(paths)
     if len(paths) == 1:
         return {paths[0]: key}
-    return {path: jax.random.fold_in(key, zlib.crc32(join(path).encode())) for path in paths}
+    return {path: jax.random.fold_in(key, zlib.crc32(_spelled(path))) for path in paths}
+
+
+def _spelled(path: Path) -> bytes:
+    # The gate `if` is `if_` in NNX, and Linen's `layers_0` is `layers/0`.
+    plain = "/".join(str(part).rstrip("_") for part in path)
+    return re.sub(r"_(?=\d+(/|$))", "/", plain).encode()
 
 
 def no_match(name: str, selector: Any, known: Iterable[Path]) -> ValueError:

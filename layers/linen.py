@@ -17,7 +17,7 @@ from flax import traverse_util
 from layers._drop import drop_weight
 from layers._generators import Generator, check_generator
 from layers._keys import check_key
-from layers._per_example import map_examples
+from layers._per_example import per_example_dot
 from layers._rates import check_rate
 from layers._select import Selector, is_weight, no_match, to_predicate, weight_keys
 
@@ -138,15 +138,20 @@ class DropConnectDense(nn.Dense):
         key = _mask_key(self, deterministic, rng)
         if key is None:
             return super().__call__(inputs)
-        names = [name for name in nn.Dense.__dataclass_fields__ if name not in ("parent", "name")]
-        dense = nn.Dense(**{name: getattr(self, name) for name in names}, parent=None)
+        options = {
+            name: getattr(self, name)
+            for name in nn.Dense.__dataclass_fields__
+            if name not in ("parent", "name")
+        }
         params = self.variables["params"]
-
-        def product(inputs: jax.Array, key: jax.Array) -> jax.Array:
-            dropped = drop_params(params, key, self.rate, generator=self.generator)
-            return dense.apply({"params": dropped}, inputs)
-
-        return map_examples(product, inputs, key) if self.per_example else product(inputs, key)
+        if not self.per_example:
+            params = drop_params(params, key, self.rate, generator=self.generator)
+        elif self.dot_general_cls is not None:
+            raise ValueError("dot_general_cls cannot be set with per_example=True.")
+        else:
+            dot = self.dot_general or jax.lax.dot_general
+            options["dot_general"] = per_example_dot(dot, key, self.rate, self.generator)
+        return nn.Dense(**options, parent=None).apply({"params": params}, inputs)
 
 
 class WeightDrop(nn.Module):
