@@ -124,7 +124,7 @@ def _call_kernel(
         functools.partial(_kernel, rate=rate, columns=columns),
         grid=(inputs.shape[0] // _TILE, weight.shape[1] // _TILE),
         in_specs=[
-            pl.BlockSpec((1, 2), lambda i, j: (0, 0)),
+            pl.BlockSpec((1, words.size), lambda i, j: (0, 0)),
             pl.BlockSpec((_TILE, depth), lambda i, j: (i, 0)),
             pl.BlockSpec((depth, _TILE), lambda i, j: (0, j)),
         ],

@@ -104,8 +104,9 @@ def _by_blocks(
     generator: Generator,
 ) -> jax.Array:
     size = _block_rows(kernel, generator)
-    blocks = kernel.reshape((-1, size, kernel.shape[1]))
-    parts = jnp.moveaxis(inputs.reshape((*inputs.shape[:-1], -1, size)), -2, 0)
+    count = kernel.shape[0] // size if size else 1
+    blocks = kernel.reshape((count, size, kernel.shape[1]))
+    parts = jnp.moveaxis(inputs.reshape((*inputs.shape[:-1], count, size)), -2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(total: jax.Array, index: jax.Array, part: jax.Array, block: jax.Array) -> jax.Array:
@@ -117,7 +118,7 @@ def _by_blocks(
 
     shape = jax.eval_shape(product, parts[0], blocks[0])
     total = jnp.zeros(shape.shape, jnp.promote_types(shape.dtype, jnp.float32))
-    scanned = (jnp.arange(len(blocks)), parts, blocks)
+    scanned = (jnp.arange(count), parts, blocks)
     total, _ = jax.lax.scan(lambda total, xs: (add(total, *xs), None), total, scanned)
     return total.astype(shape.dtype)
 

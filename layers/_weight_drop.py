@@ -43,7 +43,8 @@ def drop_weights(
         `jax.random.fold_in(key, crc32(path))`, the path joined by "/".
       rate: probability of dropping a weight, in [0, 1).
       params: the Variables to mask: a type, a path glob, a predicate of (path, Variable), or
-        several.  The default takes every Param of two or more axes that is no bias or scale.
+        several.  The default takes every Param of two or more axes that is no bias or scale.  A
+        Variable that occurs twice has the first of its paths, in the order of names.
       generator: where the bits of the mask come from; see `drop_weight`.
 
     Returns:
