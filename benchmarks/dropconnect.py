@@ -8,8 +8,8 @@ Rules: `nnx.Linear`; the published DropConnect (a 32-bit `jax.random.bernoulli` 
 weight, and a product); `nnx.Dropout` on the activations; and `DropConnectLinear` with each
 generator.  Before anything is timed, each rule's result is checked against its mask written out.
 
-    python benchmarks/dropconnect.py                 # prints the table
-    python benchmarks/dropconnect.py --save benchmarks/results  # also writes dropconnect.md and .png there
+    python benchmarks/dropconnect.py                            # prints the table
+    python benchmarks/dropconnect.py --save benchmarks/results  # and keeps it, with a plot
 """
 
 import argparse
@@ -198,8 +198,8 @@ def report(rows: list[Row], examples: list[tuple[str, str, float]], side: int, r
         f"Kernel {side}×{side}, float32, rate {RATE}; {rounds} interleaved rounds; {hardware()}; "
         f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}.",
         "",
-        "Ratio: median over rounds of the time over that of `nnx.Linear` in the same round, with "
-        "quartiles. Memory: temporaries beyond plain, in kernels. Limit: what the package promises.",
+        "Ratio: median over rounds of the time over that of `nnx.Linear` in the same round, "
+        "with quartiles. Memory: temporaries beyond plain, in kernels. Limit: what the package promises.",
         "",
         "| batch | pass | rule | ms (median) | ratio | quartiles | memory | limit | |",
         "|---:|---|---|---:|---:|---|---:|---:|---|",

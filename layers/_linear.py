@@ -92,6 +92,20 @@ class DropConnectLinear(DropConnectModule):
       True
     """
 
+    kernel: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array] | None
+    in_features: int
+    out_features: int
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+    precision: Any
+    kernel_init: Callable[..., jax.Array]
+    bias_init: Callable[..., jax.Array]
+    dot_general: Callable[..., jax.Array]
+    promote_dtype: Callable[..., Any]
+    preferred_element_type: Any
+
     def __init__(
         self,
         base_layer: nnx.Linear | Self,

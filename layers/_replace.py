@@ -208,12 +208,12 @@ def _rebuild(root: Any, like: Any, replace: Callable[[Path, Any], Any], seen: li
             return node
         if id(node) in done:
             return done[id(node)]
-        new = None
+        replaced = None
         if isinstance(node, nnx.Module):
             seen.append(path)
-            new = replace(path, node)
-        done[id(node)] = node if new is None else new
-        if new is None:
+            replaced = replace(path, node)
+        done[id(node)] = node if replaced is None else replaced
+        if replaced is None:
             children = _children(node)
             for name, original in _children(like).items():
                 changed = visit((*path, name), children[name], original)

@@ -151,7 +151,8 @@ class DropConnectDense(nn.Dense):
         else:
             dot = self.dot_general or jax.lax.dot_general
             options["dot_general"] = per_example_dot(dot, key, self.rate, self.generator)
-        return nn.Dense(**options, parent=None).apply({"params": params}, inputs)
+        outputs: Any = nn.Dense(**options, parent=None).apply({"params": params}, inputs)
+        return outputs
 
 
 class WeightDrop(nn.Module):
@@ -216,15 +217,17 @@ class WeightDrop(nn.Module):
         def call(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return getattr(base, method)(*args, **kwargs)
 
+        if key is None:
+            return call(self.base_layer, *args, **kwargs)
+
         def mask(variables: Any) -> Any:
             dropped = drop_params(
                 variables["params"], key, self.rate, select=self.params, generator=self.generator
             )
             return {**variables, "params": dropped}
 
-        if key is not None:
-            call = nn.map_variables(call, "params", trans_in_fn=mask)
-        return call(self.base_layer, *args, **kwargs)
+        masked_call = nn.map_variables(call, "params", trans_in_fn=mask)
+        return masked_call(self.base_layer, *args, **kwargs)
 
 
 __all__ = ["DropConnectDense", "WeightDrop", "drop_params"]
