@@ -199,7 +199,8 @@ def report(rows: list[Row], examples: list[tuple[str, str, float]], side: int, r
         f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}.",
         "",
         "Ratio: median over rounds of the time over that of `nnx.Linear` in the same round, "
-        "with quartiles. Memory: temporaries beyond plain, in kernels. Limit: what the package promises.",
+        "with quartiles. Memory: temporaries beyond plain, in kernels. Limit: what the package "
+        "promises.",
         "",
         "| batch | pass | rule | ms (median) | ratio | quartiles | memory | limit | |",
         "|---:|---|---|---:|---:|---|---:|---:|---|",

@@ -20,7 +20,7 @@ from layers._generators import GENERATORS, ROWS, Generator
 from layers._keys import check_key
 from layers._rates import WORD
 
-_BLOCKS = 8  # a block is at most this part of a kernel
+_BLOCKS = 16  # a block is at most this part of a kernel
 _SMALL = 2**14  # kernels of fewer weights are not worth a loop
 
 

@@ -82,12 +82,13 @@ def test_the_keep_rate_is_within_its_standard_error(rate, generator):
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
-def test_the_expectation_is_the_weight(rate, dtype, generator):
+def test_the_expectation_is_the_weight(rate, dtype):
     weight = jax.random.uniform(jax.random.key(1), (512, 512), minval=0.5, maxval=1.0)
     weight = weight.astype(dtype)
-    dropped = layers.drop_weight(weight, jax.random.key(2), rate, generator=generator)
+    # The dtype meets the mask in one place, whichever generator made it.
+    dropped = layers.drop_weight(weight, jax.random.key(2), rate, generator="fast")
     exact, drawn = (np.asarray(a, "complex128") for a in (weight, dropped))
-    p = layers.keep_probability(rate, generator)
+    p = layers.keep_probability(rate, "fast")
     error = np.sqrt((np.abs(exact) ** 2).sum() * (1 - p) / p)
     # The scaled weight is rounded once to its own dtype: no dtype holds 0.5 * 1.001 in 8 bits.
     rounding = np.abs(drawn).sum() * float(jnp.finfo(dtype).eps) / 2

@@ -10,7 +10,7 @@ import layers
 from layers._drop import drop_rows
 from layers._per_example import _block_rows
 
-# 128 * 136 weights are enough to be taken in blocks, of which eight are the most.
+# 128 * 136 weights are enough to be taken in blocks, of which there are sixteen.
 ROWS, COLUMNS = 128, 136
 
 
@@ -102,7 +102,9 @@ def test_forward_mode_and_second_order(key):
     assert_close(a, b)
 
 
-@pytest.mark.parametrize("rows, block", [(128, 16), (784, 56), (100, 100), (136, 8), (1021, 1021)])
+@pytest.mark.parametrize(
+    "rows, block", [(128, 8), (784, 16), (1024, 64), (100, 100), (136, 8), (1021, 1021)]
+)
 def test_kernels_are_cut_into_equal_blocks_or_not_at_all(rows, block):
     assert _block_rows(jnp.ones((rows, 512)), "fast") == block
     assert _block_rows(jnp.ones((rows, 512)), "bernoulli") == rows
