@@ -9,6 +9,7 @@ anyway) and the generator's stored bits are kept; the masked weight is made agai
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,5 +144,9 @@ def select_scaled(weight: jax.Array, mask: jax.Array, scale: float) -> jax.Array
     # Selected first: in a loop over masks, XLA would keep a scaled or widened copy of the weight.
     kept = jnp.where(mask, weight, jnp.zeros((), weight.dtype))
     # Half precision is scaled in float32: a bfloat16 scale would bias every weight alike.
-    wide = kept.astype(jnp.promote_types(weight.dtype, jnp.float32))
-    return (wide * scale).astype(weight.dtype)
+    return (kept.astype(wide_dtype(weight.dtype)) * scale).astype(weight.dtype)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """`dtype`, or float32 where it is narrower: what scales and sums are computed in."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

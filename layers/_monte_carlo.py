@@ -5,14 +5,17 @@ are merged chunk by chunk (Chan, Golub, LeVeque, 1983), which neither cancels no
 memory depends on the chunk and not on their number.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from layers._base import DropConnectModule
+from layers._drop import wide_dtype
 from layers._keys import check_key
 from layers._select import Selector, to_predicate
 
@@ -60,7 +63,8 @@ def mc_predict(
         `(DropConnectModule, nnx.Dropout)` adds dropout.  They need not hold a key.
       fn: called as `fn(model, *inputs, **kwargs)` in place of `model(*inputs, **kwargs)`; return
         probabilities here to have their mean.
-      **kwargs: keyword arguments of the model.
+      **kwargs: keyword arguments of the model.  Arguments that are no arrays are fixed when the
+        call is compiled, and must be hashable.
 
     Returns:
       A `Prediction` of mean, variance and, if asked for, samples.
@@ -85,16 +89,50 @@ def mc_predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
     key = check_key(key)
+    stochastic = tuple(stochastic) if isinstance(stochastic, list) else stochastic
     graphdef, state = nnx.split(_switched_on(model, stochastic))
-    call = fn if fn is not None else (lambda model, *args, **kwargs: model(*args, **kwargs))
+    leaves, treedef = jax.tree.flatten((inputs, kwargs))
+    arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
+    others = tuple(None if a is not None else b for a, b in zip(arrays, leaves, strict=True))
+    program = _Program(graphdef, fn or _call, stochastic, treedef, others)
+    chunk = min(batch_size, num_samples)
+    return _predict(program, num_samples, chunk, return_samples, state, arrays, key)
+
+
+def _call(model: Any, *inputs: Any, **kwargs: Any) -> Any:
+    return model(*inputs, **kwargs)
+
+
+class _Program(NamedTuple):
+    """All that is fixed when a prediction is compiled: a second call compiles nothing."""
+
+    graphdef: Any
+    fn: Callable[..., Any]
+    stochastic: Selector
+    treedef: Any
+    others: tuple[Any, ...]  # arguments that are no arrays, and None in the place of those
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _predict(
+    program: _Program,
+    num_samples: int,
+    chunk: int,
+    return_samples: bool,
+    state: Any,
+    arrays: list[Any],
+    key: jax.Array,
+) -> Prediction:
+    leaves = [b if a is None else a for a, b in zip(arrays, program.others, strict=True)]
+    inputs, kwargs = jax.tree.unflatten(program.treedef, leaves)
 
     def sample(index: jax.Array) -> Any:
         # A copy: the counters of a sample belong to it alone.
-        sampled = nnx.merge(graphdef, state, copy=True)
-        _set_keys(sampled, jax.random.fold_in(key, index), stochastic)
-        return call(sampled, *inputs, **kwargs)
+        sampled = nnx.merge(program.graphdef, state, copy=True)
+        _set_keys(sampled, jax.random.fold_in(key, index), program.stochastic)
+        return program.fn(sampled, *inputs, **kwargs)
 
-    return _accumulate(sample, num_samples, min(batch_size, num_samples), return_samples)
+    return _accumulate(sample, num_samples, chunk, return_samples)
 
 
 def _switched_on(model: Any, stochastic: Selector) -> Any:
@@ -133,7 +171,7 @@ def _accumulate(
                 f"the output of the model must be floating or complex to have a mean, got "
                 f"{leaf.dtype} of shape {leaf.shape}; return logits or probabilities from fn."
             )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf.dtype)), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)), shapes)
     squares = jax.tree.map(lambda leaf: leaf.real, zeros)
 
     def step(carry: Any, start: jax.Array) -> Any:
@@ -153,16 +191,12 @@ def _accumulate(
     return Prediction(
         jax.tree.map(lambda m, leaf: m.astype(leaf.dtype), mean, shapes),
         jax.tree.map(
-            lambda s, leaf: (s / max(num_samples - 1, 1)).astype(leaf.dtype.type(0).real.dtype),
+            lambda s, leaf: (s / max(num_samples - 1, 1)).astype(jnp.finfo(leaf.dtype).dtype),
             square,
             shapes,
         ),
         flat,
     )
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _merge(
@@ -173,7 +207,7 @@ def _merge(
     valid = valid.reshape((-1,) + (1,) * mean.ndim)
     added = valid.sum().astype(square.dtype)
     chunk_mean = jnp.where(valid, outputs, 0).sum(0) / added
-    deviation = jnp.where(valid, outputs - chunk_mean, 0)
+    deviation = jnp.where(valid, outputs - chunk_mean[None], 0)
     delta = chunk_mean - mean
     total = count.astype(square.dtype) + added
     weight = count.astype(square.dtype) * added / total

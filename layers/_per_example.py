@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from layers._drop import drop_rows
+from layers._drop import drop_rows, wide_dtype
 from layers._generators import GENERATORS, ROWS, Generator
 from layers._keys import check_key
 from layers._rates import WORD
@@ -117,7 +117,7 @@ def _by_blocks(
         return total + map_examples(masked, part, key).astype(total.dtype)
 
     shape = jax.eval_shape(product, parts[0], blocks[0])
-    total = jnp.zeros(shape.shape, jnp.promote_types(shape.dtype, jnp.float32))
+    total = jnp.zeros(shape.shape, wide_dtype(shape.dtype))
     scanned = (jnp.arange(count), parts, blocks)
     total, _ = jax.lax.scan(lambda total, xs: (add(total, *xs), None), total, scanned)
     return total.astype(shape.dtype)

@@ -188,6 +188,29 @@ def test_fn_and_keywords_and_trees_of_outputs(key):
     np.testing.assert_allclose(result.mean["p"].sum(-1), 1.0, rtol=1e-6)
 
 
+def test_a_second_call_compiles_nothing(key):
+    traces = []
+
+    def fn(m, x, *, scale):
+        traces.append(None)
+        return m(x) * scale
+
+    layer = make()
+    for seed in range(3):
+        mc_predict(layer, X, num_samples=4, key=jax.random.key(seed), fn=fn, scale=2)
+    # The shape of the output is found in one trace, the loop made in another.
+    assert len(traces) == 2
+
+
+def test_half_precision_is_accumulated_in_float32(key):
+    layer = make(dtype=jnp.bfloat16)
+    result = mc_predict(layer, X, num_samples=1000, key=key)
+    assert result.mean.dtype == result.variance.dtype == jnp.bfloat16
+    mean, variance = gaussian_moments(make(), X)
+    bound = 5 * jnp.sqrt(variance / 1000) + 0.02 * (1 + jnp.abs(mean))
+    assert (jnp.abs(result.mean.astype("float32") - mean) < bound).all()
+
+
 def test_it_compiles_and_differentiates(key):
     layer = make()
     graphdef, state = nnx.split(layer)

@@ -256,6 +256,14 @@ def test_the_layer_holds_a_stream_of_its_own_from_any_source(source):
     assert is_masked(layer) and int(layer.rngs.count[...]) == 1
 
 
+def test_a_stream_is_forked_not_shared():
+    stream = nnx.Rngs(3).default
+    layer = DropConnectLinear(base(), 0.5, rngs=stream)
+    assert layer.rngs is not stream and int(stream.count[...]) == 1
+    layer(X)
+    assert int(stream.count[...]) == 1
+
+
 def test_another_collection_is_asked_for_by_its_name():
     layer = DropConnectLinear(base(), 0.5, rng_collection="noise")
     a = layer(X, rngs=nnx.Rngs(noise=1, dropconnect=2))

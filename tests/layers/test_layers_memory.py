@@ -87,6 +87,19 @@ def test_per_example_masks_take_the_memory_of_a_shared_mask(generator):
     assert peak(gradients[0]) <= 1.25 * peak(gradients[1])
 
 
+@pytest.mark.parametrize("generator", ["default", "fast"])
+def test_a_loop_over_masks_keeps_nothing_of_them_outside(generator):
+    def each(x, w, key):
+        return layers.map_examples(lambda x, k: product(x, w, k, generator), x, key)
+
+    x, w, key = problem()
+    beyond = temporaries(each, x, w, key) - temporaries(
+        lambda x, w, key: product(x, w, key, generator), x, w, key
+    )
+    # One example more than nothing, the packed bits and the loop's counters.
+    assert beyond <= KERNEL_BYTES // 16
+
+
 def mesh():
     return jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
