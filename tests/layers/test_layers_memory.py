@@ -137,6 +137,24 @@ def test_a_sharded_layer_gathers_no_kernel():
 
 
 @eight_devices
+def test_out_sharding_is_that_of_nnx_linear():
+    explicit = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    columns = PartitionSpec(None, "d")
+    with jax.set_mesh(explicit):
+        linear = nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(0))
+        linear.kernel.set_value(
+            jax.device_put(linear.kernel[...], NamedSharding(explicit, columns))
+        )
+        x = jax.device_put(jnp.ones((8, 16)), NamedSharding(explicit, PartitionSpec(None, None)))
+        layer = layers.DropConnectLinear(linear, 0.5)
+        outputs = [
+            linear(x, out_sharding=columns),
+            layer(x, rngs=jax.random.key(0), out_sharding=columns),
+        ]
+    assert [jax.typeof(y).sharding.spec for y in outputs] == [columns, columns]
+
+
+@eight_devices
 @pytest.mark.parametrize("rows", [24, 25])
 def test_any_number_of_rows_gives_the_same_mask_on_eight_devices(rows, generator):
     spec = PartitionSpec("d" if rows % 8 == 0 else None, None)

@@ -204,6 +204,18 @@ def test_it_can_be_captured_and_perturbed():
     np.testing.assert_array_equal(sown["y"][0], output)
 
 
+@pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="this flax has no tree mode")
+def test_tree_mode_serves_as_graph_mode_does():
+    with nnx.set_graph_mode(False):
+        layer = layers.WeightDrop(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), 0.5, rngs=nnx.Rngs(1))
+        eager = layer(X)
+        layer.rngs.count[...] = 0
+        compiled = nnx.jit(call)(layer, X)
+    # The compiled product may sum in another order.
+    np.testing.assert_allclose(eager, compiled, rtol=1e-5, atol=1e-6)
+    assert int(layer.rngs.count[...]) == 1
+
+
 def test_no_tracer_leaks():
     layer = make()
     with jax.checking_leaks():
