@@ -1,0 +1,52 @@
+"""The parts of Flax Linen that `lifted` needs and that Flax does not document.
+
+Linen has no public way to take a bound module off its scope and put a copy of it on another one.
+Its own lifted transforms do this with the functions below. They are used from here only, and
+``tests/lifted/test_flax_private.py`` checks each of them against the behaviour that we rely on, so
+that a change in Flax fails there first and by name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import linen as nn
+from flax.core.scope import Scope
+from flax.linen import module as linen_module
+from flax.linen import transforms as linen_transforms
+
+
+def module_scopes(module: nn.Module) -> list[Scope]:
+    """Scopes of ``module``: first those of modules and variables in its fields, its own last."""
+    scopes, _, _ = linen_transforms.get_module_scopes(module)
+    return scopes
+
+
+def rebind(module: nn.Module, scopes: Sequence[Scope], state: Any) -> nn.Module:
+    """A copy of ``module`` on other ``scopes``, in the order of `module_scopes`, in internal state
+    ``state``."""
+    clone, _, _ = linen_transforms.set_module_scopes(module, (), {}, scopes)
+    object.__setattr__(clone, "_state", state)
+    return clone
+
+
+def export_state(module: nn.Module) -> Any:
+    """What a copy of ``module`` has to know about the call in progress: naming cursor, compact and
+    setup flags."""
+    return module._state.export()
+
+
+def import_state(module: nn.Module, state: Any) -> None:
+    """Brings ``module`` to the state in which a copy of it ended."""
+    module._state.reimport(state)
+
+
+def copy_state(state: Any) -> Any:
+    """A state that a call may advance without advancing ``state``."""
+    return dataclasses.replace(state, autoname_cursor=dict(state.autoname_cursor), children={})
+
+
+def call_as_method(fn: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
+    """Calls ``fn(module, *args)`` as a method of ``module``: modules made inside become its
+    submodules."""
+    return linen_module.wrap_method_once(fn)(module, *args)

@@ -1,0 +1,261 @@
+"""Linen collections as NNX state, and back.
+
+Linen keeps values in nested dicts under the name of a collection: `{'params': {'Dense_0':
+{'kernel': ...}}}`. NNX keeps each value in a Variable whose type says what it is, at the path of
+the module alone. This module is the one place that knows how the two correspond:
+
+- a collection's name and a Variable type name each other in Flax's registry, in which users may
+  enter their own pairs (`nnx.register_variable_name`);
+- a metadata box (`nn.Partitioned`, or any `AxisMetadata`) becomes metadata of the Variable;
+- of equal names in two collections of one module, one keeps the name and the others get their
+  collection's name in front (`ema_w`), the Linen name staying in the metadata.
+
+A dict without any value in it (`{'params': {}}`) stands for nothing and does not come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+from flax.core import meta
+
+from lifted._trees import identical
+
+Variables = Mapping[str, Any]
+Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
+
+# Metadata by which a Variable remembers what it was in Linen.
+_BOX = "linen_box"
+_NAME = "linen_name"
+
+
+def variable_type(collection: str) -> type[nnx.Variable[Any]]:
+    """The Variable type of a Linen collection; an unknown collection gets a new type.
+
+    Example:
+        >>> variable_type("batch_stats").__name__
+        'BatchStat'
+    """
+    return nnx.variable_type_from_name(collection, allow_register=True)
+
+
+def collection_name(variable_type: type[nnx.Variable[Any]]) -> str:
+    """The Linen collection of a Variable type, the inverse of `variable_type`.
+
+    A type that is not registered is entered under the name of its class.
+
+    Raises:
+        ValueError: The class is not registered, and its name is that of another collection.
+
+    Example:
+        >>> collection_name(nnx.BatchStat)
+        'batch_stats'
+    """
+    try:
+        return nnx.variable_name_from_type(variable_type, allow_register=True)
+    except ValueError as error:
+        name = variable_type.__name__
+        raise ValueError(
+            f"the Variable type {variable_type.__module__}.{variable_type.__qualname__} has no "
+            f"Linen collection, and {name!r} is that of {nnx.variable_type_from_name(name)}; give "
+            "it one with nnx.register_variable_name(<collection>, <type>)"
+        ) from error
+
+
+def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
+    """One value of a Linen collection, boxed or not, as a Variable.
+
+    Args:
+        collection: The collection's name.
+        value: An array, any other pytree, or a metadata box around one.
+
+    Returns:
+        A Variable of the type of the collection. It never asks for a mesh: values stay where they
+        are, the names of a `nn.Partitioned` become `out_sharding`.
+
+    Raises:
+        ValueError: `value` is an `nnx.bridge.NNXMeta` made for another Variable type.
+
+    Example:
+        >>> to_variable("params", nn.Partitioned(jax.numpy.ones(3), ("model",))).out_sharding
+        ('model',)
+    """
+    kind = variable_type(collection)
+    if isinstance(value, nnx.bridge.NNXMeta):
+        if value.var_type is not kind:
+            raise ValueError(
+                f"a value of the collection {collection!r} is boxed for the Variable type "
+                f"{value.var_type.__name__}, but {collection!r} stands for {kind.__name__}; "
+                f"move it to {collection_name(value.var_type)!r}"
+            )
+        standard = nnx.Variable.required_metadata
+        metadata = {key: v for key, v in value.metadata.items() if key not in standard}
+        return kind(value.value, **metadata, eager_sharding=False)
+    if not isinstance(value, meta.AxisMetadata):
+        return kind(value)
+    leaves, box = jax.tree.flatten(value)
+    if len(leaves) != 1:
+        # What the box holds besides its one value would have to be metadata, which must not hold
+        # arrays: such a box is kept whole.
+        return kind(value)
+    metadata = {_BOX: box}
+    if isinstance(value, nn.Partitioned):
+        metadata["out_sharding"] = value.names
+    return kind(leaves[0], **metadata, eager_sharding=False)
+
+
+def from_variable(variable: nnx.Variable[Any]) -> Any:
+    """The value of a Variable as Linen keeps it, the inverse of `to_variable`.
+
+    Returns:
+        The value; in the box it came in; or, for other metadata, in an `nnx.bridge.NNXMeta`.
+
+    Example:
+        >>> from_variable(nnx.Param(1.0)), from_variable(nnx.Param(1.0, unit="m")).metadata
+        (1.0, {'unit': 'm'})
+    """
+    value = variable.get_value()
+    metadata = variable.get_metadata(exclude_required=True)
+    metadata.pop(_NAME, None)
+    if not metadata:
+        return value
+    if _BOX not in metadata:
+        return nnx.bridge.NNXMeta(type(variable), value, metadata)
+    box = jax.tree.unflatten(metadata[_BOX], [value])
+    names = metadata.get("out_sharding")
+    if isinstance(box, nn.Partitioned) and names is not None and box.names != names:
+        # NNX's transforms have added or removed an axis since the box was opened.
+        return box.replace(names=tuple(names))
+    return box
+
+
+def set_variable(variable: nnx.Variable[Any], value: Any) -> None:
+    """Writes a value as Linen keeps it, boxed or not, into a Variable that exists."""
+    held = variable.get_value()
+    if isinstance(value, meta.AxisMetadata) and not isinstance(held, meta.AxisMetadata):
+        (value,) = jax.tree.leaves(value)
+    if not identical(value, held):
+        # What was not changed may belong to another trace, where it must not be written.
+        variable.set_value(value)
+
+
+def linen_path(path: Path, variable: nnx.Variable[Any]) -> Path:
+    """Where Linen keeps a Variable: `(collection, *modules, name)`.
+
+    Example:
+        >>> linen_path(("Dense_0", "kernel"), nnx.Param(1.0))
+        ('params', 'Dense_0', 'kernel')
+    """
+    name = variable.get_metadata(_NAME, path[-1])
+    return (collection_name(type(variable)), *path[:-1], name)
+
+
+def to_state(variables: Variables) -> nnx.State:
+    """Linen variables as an NNX state.
+
+    Args:
+        variables: Nested dicts (frozen or not) by collection, as `module.init` returns them.
+
+    Returns:
+        A state with one Variable for each value, at the path of its module and its name.
+
+    Raises:
+        TypeError: `variables` is not nested by collection.
+        ValueError: See `to_variable`.
+
+    Example:
+        >>> state = to_state({"params": {"w": 1.0}, "ema": {"w": 2.0}})
+        >>> state["w"].get_value(), state["ema_w"].get_value()
+        (1.0, 2.0)
+        >>> to_variables(state)
+        {'ema': {'w': 2.0}, 'params': {'w': 1.0}}
+    """
+    return nnx.from_flat_state(list(to_flat_state(variables)))
+
+
+def to_flat_state(variables: Variables) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
+    """The Variables of `to_state` with their paths."""
+    by_module: dict[Path, list[tuple[str, str, Any]]] = {}
+    for (collection, *modules, name), value in flatten(variables):
+        by_module.setdefault(tuple(modules), []).append((collection, name, value))
+    submodules: dict[Path, set[str]] = {}
+    for path in by_module:
+        for depth, name in enumerate(path):
+            submodules.setdefault(path[:depth], set()).add(name)
+    for path, entries in by_module.items():
+        taken = submodules.get(path, set())
+        # Parameters keep their names, whichever other collections there are.
+        for collection, name, value in sorted(entries, key=lambda e: (e[0] != "params", e[:2])):
+            attribute = free_name(collection, name, taken)
+            taken.add(attribute)
+            yield (*path, attribute), renamed(to_variable(collection, value), name, attribute)
+
+
+def to_variables(state: nnx.State) -> dict[str, Any]:
+    """An NNX state as Linen variables, the inverse of `to_state`.
+
+    Raises:
+        ValueError: A Variable's type cannot be given a collection (see `collection_name`), or two
+            Variables have the same path in Linen.
+    """
+    return nest(
+        (linen_path(path, variable), from_variable(variable))
+        for path, variable in nnx.to_flat_state(state)
+    )
+
+
+def nest(values: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
+    """Nested dicts of values given by their paths."""
+    tree: dict[str, Any] = {}
+    for path, value in values:
+        branch = tree
+        for part in path[:-1]:
+            branch = branch.setdefault(part, {})
+        if path[-1] in branch:
+            where = "/".join(map(str, path))
+            raise ValueError(f"two variables have the Linen path {where!r}")
+        branch[path[-1]] = value
+    return tree
+
+
+def flatten(variables: Variables) -> Iterator[tuple[Path, Any]]:
+    """The values of nested dicts with their paths `(collection, *modules, name)`.
+
+    Raises:
+        TypeError: A collection is not a dict.
+    """
+    for collection, tree in variables.items():
+        if not isinstance(tree, Mapping):
+            raise TypeError(
+                "variables must be nested dicts by collection, such as {'params': {...}}; got "
+                f"{type(tree).__name__} at {collection!r}; a dict of parameters alone is "
+                "written {'params': parameters}"
+            )
+        yield from _flatten((collection,), tree)
+
+
+def free_name(collection: str, name: str, taken: Mapping[str, Any] | set[str]) -> str:
+    """The attribute of a variable in a module where the attributes `taken` exist already."""
+    attribute = name if name not in taken else f"{collection}_{name}"
+    while attribute in taken:
+        attribute += "_"
+    return attribute
+
+
+def renamed(variable: nnx.Variable[Any], name: str, attribute: str) -> nnx.Variable[Any]:
+    """The variable, which remembers its Linen name where its attribute has another."""
+    if attribute != name:
+        variable.set_metadata(_NAME, name)
+    return variable
+
+
+def _flatten(path: Path, tree: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten((*path, name), value)
+        else:
+            yield (*path, name), value

@@ -1,0 +1,284 @@
+"""The functionaliser of NNX: modules and Variables as a pure function of their Variables.
+
+A call runs on copies of the targets, made in the trace in which it runs, so that everything that
+NNX allows is allowed: Variables are written, created, replaced and deleted, attributes are set,
+submodules and Variables are shared. What changed is found by comparison. As long as the graph is
+the same, only the Variables whose values changed are written back; otherwise every node of the
+graph is brought to the state of its copy.
+
+The variables of a target are an `nnx.State`, as `nnx.state` gives it. A Variable that several
+targets hold belongs to the first.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core import DenyList
+from flax.core.scope import in_filter
+
+from lifted._errors import Path, path_text, suggestion
+from lifted._functional import Filter, register_group
+from lifted._inputs import is_differentiable
+from lifted._trees import Static, identical
+from nnx_bridge import _flax_private
+from nnx_bridge._collections import collection_name, linen_path
+from nnx_bridge._filters import to_predicate
+from nnx_bridge._snapshot import Snapshot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NNXUpdates:
+    """What one call wrote.
+
+    Attributes:
+      changed: for each target the Variables that are new or have a new value, by path.
+      leaves: where the graph changed, what its leaves hold that was not there before.
+      graph: where the graph changed, its new definition, and for each part of its leaves the place
+        of that part among the inputs, or None for the next of ``leaves``.
+    """
+
+    changed: list[nnx.State]
+    leaves: list[Any]
+    graph: Static
+
+
+class NNXGroup:
+    """NNX modules and Variables; see `lifted._functional.Group`."""
+
+    initializing = False
+
+    def __init__(
+        self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
+    ) -> None:
+        self._targets = tuple(targets)
+        self._graphdef, self._paths, self._leaves, self._indices = _flax_private.flatten(
+            self._targets
+        )
+        visible = _visible(variables, frozen, rngs)
+        self._hidden = [
+            path
+            for path, leaf in zip(self._paths, self._leaves, strict=True)
+            if not visible(path[1:], leaf)
+        ]
+        shown = {
+            path: leaf
+            for path, leaf in zip(self._paths, self._leaves, strict=True)
+            if path not in set(self._hidden)
+        }
+        self.variables = self._by_target(shown)
+
+    def __call__(
+        self, variables: list[Any], body: Callable[[list[Any]], Any]
+    ) -> tuple[Any, NNXUpdates]:
+        given = self._flat(variables)
+        leaves = [
+            given.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
+        ]
+        # New Variables in new containers: what the call writes in place is not the caller's.
+        parts, treedef = jax.tree.flatten(leaves)
+        fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
+        copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
+        snapshot = Snapshot(nodes)
+        with _without(copies, self._hidden):
+            y = body(list(copies))
+        if snapshot.holds():
+            return y, NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
+        return y, self._regraph(leaves, copies, indices)
+
+    def publish(self, updates: NNXUpdates) -> None:
+        if updates.graph.value is None:
+            originals = dict(zip(self._paths, self._leaves, strict=True))
+            changed = [(originals[p], v) for p, v in self._flat(updates.changed).items()]
+            for original, _ in changed:
+                # Fails where the Variable belongs to another trace, before anything is written.
+                original.set_raw_value(original.get_raw_value())
+            for original, variable in changed:
+                original.update_from_state(variable)
+            return
+        graphdef, treedef, sources = updates.graph.value
+        old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
+        values = [next(new) if source is None else old[source] for source in sources]
+        _flax_private.update_graph(graphdef, treedef.unflatten(values), self._indices)
+
+    def match(self, variables: list[Any], filter: Filter) -> list[Any]:
+        predicate = to_predicate(filter)
+        flat = self._flat(variables)
+        chosen = {path: bool(predicate(path[1:], leaf)) for path, leaf in flat.items()}
+        return self._by_target({p: _filled(leaf, chosen[p]) for p, leaf in flat.items()})
+
+    def prune(self, tree: list[Any], mask: list[Any]) -> list[Any]:
+        masks = self._flat(mask)
+        kept = {p: x for p, x in self._flat(tree).items() if any(jax.tree.leaves(masks[p]))}
+        return self._by_target(kept)
+
+    def extend(self, variables: list[Any], updates: NNXUpdates, filter: Filter) -> None:
+        return None
+
+    def written(self, updates: NNXUpdates) -> list[Any]:
+        return updates.changed
+
+    @staticmethod
+    def as_variables(tangents: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        return [_as_state(t, v) for t, v in zip(tangents, variables, strict=True)]
+
+    def per_scope(self, tree: list[Any]) -> list[Any]:
+        return tree
+
+    def names(self, variables: list[Any]) -> list[str]:
+        flat = self._flat(variables).values()
+        return sorted({collection_name(type(x)) for x in flat if isinstance(x, nnx.Variable)})
+
+    def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
+        """The updates where the graph has changed."""
+        _, paths, after, _ = _flax_private.flatten(copies)
+        places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
+        parts, treedef = jax.tree.flatten(after)
+        sources = [places.get(id(part)) for part in parts]
+        new = [part for part, source in zip(parts, sources, strict=True) if source is None]
+        graph = (_flax_private.flatten_copy(copies, indices), treedef, sources)
+        return NNXUpdates(self._changed(before, paths, after), new, Static(graph))
+
+    def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:
+        old = dict(zip(self._paths, before, strict=True))
+        return self._by_target(
+            {
+                path: leaf
+                for path, leaf in zip(paths, after, strict=True)
+                if path not in old or not identical(old[path], leaf)
+            }
+        )
+
+    def _flat(self, by_target: Sequence[Any]) -> dict[Path, Any]:
+        """The leaves of all targets by their paths in the tuple of targets."""
+        flat = {}
+        for i, tree in enumerate(by_target):
+            if isinstance(tree, nnx.State):
+                flat.update({(i, *path): leaf for path, leaf in nnx.to_flat_state(tree)})
+            elif tree is not None:
+                flat[(i,)] = tree
+        return flat
+
+    def _by_target(self, flat: Mapping[Path, Any]) -> list[Any]:
+        """The inverse of `_flat`: a state for each module; for a target that is a Variable that
+        one, or None."""
+        trees: list[Any] = []
+        for i, target in enumerate(self._targets):
+            of_target = [(path[1:], leaf) for path, leaf in flat.items() if path[0] == i]
+            if isinstance(target, nnx.Variable):
+                trees.append(of_target[0][1] if of_target else None)
+            else:
+                trees.append(nnx.from_flat_state(of_target) if of_target else nnx.State({}))
+        return trees
+
+
+def _visible(variables: Filter, frozen: Filter, rngs: Filter) -> Callable[[Path, Any], bool]:
+    """Whether a leaf is visible: RNG state by the name of its stream, all else by the filters."""
+    of_variables = to_predicate([f for f in (variables, frozen) if f is not False])
+    stream = to_predicate(rngs) if not _names_streams(rngs) else None
+
+    def visible(path: Path, leaf: Any) -> bool:
+        if not isinstance(leaf, nnx.Variable):
+            return True
+        name = _flax_private.rng_stream(leaf)
+        if name is None:
+            return of_variables(path, leaf)
+        return in_filter(rngs, name) if stream is None else stream(path, leaf)
+
+    return visible
+
+
+def _names_streams(rngs: Filter) -> bool:
+    return isinstance(rngs, (bool, str, DenyList)) or (
+        isinstance(rngs, Collection) and all(isinstance(r, str) for r in rngs)
+    )
+
+
+def _filled(tree: Any, value: Any) -> Any:
+    return jax.tree.map(lambda _: value, tree)
+
+
+@contextlib.contextmanager
+def _without(copies: Any, hidden: Sequence[Path]) -> Iterator[None]:
+    """Takes what is hidden off its modules for the time of the call."""
+    taken = []
+    for path in hidden:
+        owner = copies
+        for key in path[:-1]:
+            owner = owner[key] if isinstance(key, int) else getattr(owner, key)
+        attributes = vars(owner)
+        taken.append((attributes, str(path[-1]), attributes.pop(str(path[-1]))))
+    try:
+        yield
+    finally:
+        for attributes, name, value in taken:
+            attributes.setdefault(name, value)
+
+
+def _as_state(tangents: Any, variables: Any) -> Any:
+    """Tangents in the form of ``variables``, from any form in which they may be given."""
+    if isinstance(tangents, nnx.Pytree):
+        return _of_module(tangents, variables)
+    if not isinstance(variables, nnx.State) or not isinstance(tangents, Mapping):
+        return tangents
+    if isinstance(tangents, nnx.State) or not _is_linen(tangents, variables):
+        return tangents
+    rest = {path: value for path, value in _flatten(tangents)}
+    found = {}
+    for path, variable in nnx.to_flat_state(variables):
+        if isinstance(variable, nnx.Variable):
+            linen = tuple(map(str, linen_path(path, variable)))
+            if linen in rest:
+                found[path] = rest.pop(linen)
+    if rest:
+        known = ["/".join(map(str, linen_path(p, v))) for p, v in nnx.to_flat_state(variables)]
+        unknown = path_text(next(iter(rest)))
+        raise ValueError(
+            f"variable_tangents/{unknown}: a tangent is given, but there is no such Variable; "
+            f"{suggestion(unknown, known)}."
+        )
+    return nnx.from_flat_state(list(found.items())) if found else nnx.State({})
+
+
+def _of_module(tangents: nnx.Pytree, variables: Any) -> nnx.State:
+    """Tangents in a copy of the module, as `jax.tree.map` makes it.
+
+    The copy has a Variable of its own at each place of one that the module shares; the first
+    counts.
+    """
+    given = dict(nnx.to_flat_state(nnx.state(tangents)))
+    wanted = [
+        path
+        for path, leaf in nnx.to_flat_state(variables)
+        if any(map(is_differentiable, jax.tree.leaves(leaf)))
+    ]
+    for path in wanted:
+        if path not in given:
+            raise ValueError(
+                f"variable_tangents: {type(tangents).__name__} is given as tangents of a module, "
+                "but it "
+                f"has no {path_text(path)}; {suggestion(path_text(path), map(path_text, given))}. "
+                "For "
+                "tangents of some of the Variables give an nnx.State or {'params': {...}}."
+            )
+    return nnx.from_flat_state([(path, given[path]) for path in wanted])
+
+
+def _is_linen(tangents: Mapping[Any, Any], variables: nnx.State) -> bool:
+    """Whether the keys are names of collections, not of attributes."""
+    return not all(key in variables for key in tangents)
+
+
+def _flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*path, str(key)))
+        elif value is not None:
+            yield (*path, str(key)), value
+
+
+register_group(lambda x: isinstance(x, (nnx.Pytree, nnx.Variable)), NNXGroup)
