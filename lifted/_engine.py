@@ -106,8 +106,9 @@ class Call:
             validate(functional.variables)
         result, updates = attempt(functional.variables)
         if functional.initializing:
+            complete = functional.extend(functional.variables, updates, True)
+            validate(functional.variables if complete is None else complete)
             extended = functional.extend(functional.variables, updates, selected)
-            validate(functional.variables if extended is None else extended)
             if extended is not None:
                 result, _ = attempt(extended)
         functional.publish(updates)

@@ -9,7 +9,6 @@ The variables of a target are the collections of its own scope. Those of a modul
 it stand below the name of the attribute, where they would stand if the target owned that module.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,7 +180,7 @@ class LinenGroup:
             debug_path=outer.debug_path,
             flags=outer.flags,
         )
-        scope.rng_counters = copy.deepcopy(outer.rng_counters)
+        scope.rng_counters = _thaw(outer.rng_counters)
         return scope
 
     def _by_target(self, by_root: list[Collections]) -> list[Collections]:
@@ -304,7 +303,7 @@ def _held(module: nn.Module, path: Path) -> Iterator[tuple[Path, Scope]]:
 
 
 def _thaw(tree: Any) -> Any:
-    """``tree`` in new dictionaries, with the same leaves."""
+    """``tree`` in new dictionaries, with the same keys and leaves."""
     if isinstance(tree, Mapping):
         return {key: _thaw(value) for key, value in tree.items()}
     return tree
