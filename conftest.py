@@ -10,13 +10,15 @@ from pathlib import Path
 
 _CACHE = Path(__file__).parent / ".cache"
 
-# Both are read once, when JAX is first imported, so they are set before anything imports it.
+# These are read once, when JAX is first imported, so they are set before anything does so.
 # With an accelerator (JAX_PLATFORMS=cuda, say) the machine's own devices are used.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     _DEVICES = "--xla_force_host_platform_device_count"
     if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jax"))
+# Most programs of the tests compile in less than the second from which JAX would keep them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis.database import DirectoryBasedExampleDatabase  # noqa: E402

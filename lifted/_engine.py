@@ -78,7 +78,7 @@ class Call:
             before = self.functional.outside()
             out, updates = self.functional(variables, self.fn, *primals)
             self._check_outside(before, (values, inputs.leaves))
-            y, aux = self._split_aux(out)
+            y, aux = split_aux(self.name, out, self.has_aux)
             check(y)
             return y, (aux, updates)
 
@@ -140,21 +140,26 @@ class Call:
                     "calls fn((mdl, other), ...)."
                 )
 
-    def _split_aux(self, out: Any) -> tuple[Any, Any]:
-        if any(map(is_target, jax.tree.leaves(out, is_leaf=is_target))):
-            raise TypeError(
-                f"{self.name}: fn returned a module or a scope; return the arrays that are wanted "
-                "of it."
-            )
-        if not self.has_aux:
-            return out, None
-        if not isinstance(out, (tuple, list)) or len(out) != 2:
-            got = f"{len(out)} values" if isinstance(out, (tuple, list)) else describe(out)
-            raise TypeError(
-                f"{self.name}: with has_aux=True fn must return a pair (output, aux), got {got}."
-            )
-        y, aux = out
-        return y, aux
+
+def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The output of ``fn`` and its ``aux``, None without one.
+
+    Raises:
+      TypeError: ``fn`` returned a module, or no pair though ``has_aux`` says so.
+    """
+    if any(map(is_target, jax.tree.leaves(out, is_leaf=is_target))):
+        raise TypeError(
+            f"{name}: fn returned a module or a scope; return the arrays that are wanted of it."
+        )
+    if not has_aux:
+        return out, None
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        got = f"{len(out)} values" if isinstance(out, (tuple, list)) else describe(out)
+        raise TypeError(
+            f"{name}: with has_aux=True fn must return a pair (output, aux), got {got}."
+        )
+    y, aux = out
+    return y, aux
 
 
 def _traces(tree: Any) -> set[Any]:
@@ -234,9 +239,14 @@ def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
 
 
 def check_selects(call: Call, selected: Filter, argument: str) -> Callable[[Variables], None]:
-    """A check that a filter of variables to differentiate selects any."""
+    """A check that a filter of variables to differentiate selects any.
+
+    A model without parameters has an empty gradient with respect to ``'params'``.
+    """
 
     def check(variables: Variables) -> None:
+        if isinstance(selected, bool) or selected == "params":
+            return
         if not any(jax.tree.leaves(call.functional.match(variables, selected))):
             raise ValueError(
                 f"{call.name}: {argument}={selected!r} selects no variable of mdl; "

@@ -249,9 +249,7 @@ def linearize(
         f_jvp = jax.tree_util.Partial(_Pushforward(layout, structure), tangent_map)
         return ((y, f_jvp, aux) if has_aux else (y, f_jvp)), updates
 
-    validate = (
-        None if grad_variables is False else check_selects(call, grad_variables, "grad_variables")
-    )
+    validate = check_selects(call, grad_variables, "grad_variables")
     return call.finish(attempt, selection.filter, validate)
 
 

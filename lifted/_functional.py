@@ -338,7 +338,8 @@ def functionalize(
       >>> jax.jacobian(pure)(functional.variables, x)["params"]["bias"].tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    if not all(map(is_target, jax.tree.leaves(mdl, is_leaf=is_target))):
+    leaves = jax.tree.leaves(mdl, is_leaf=is_target)
+    if not leaves or not all(map(is_target, leaves)):
         _load_entry_points()
     if not jax.tree.leaves(mdl, is_leaf=is_target):
         raise TypeError(

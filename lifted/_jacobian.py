@@ -216,9 +216,7 @@ def _jacobian(
         jacobian = treedef.unflatten(entries)
         return ((jacobian, aux) if call.has_aux else jacobian), updates
 
-    validate = (
-        None if grad_variables is False else check_selects(call, grad_variables, "grad_variables")
-    )
+    validate = check_selects(call, grad_variables, "grad_variables")
     return call.finish(attempt, selection.filter, validate)
 
 
@@ -320,8 +318,7 @@ def hvp(
         return ((result, aux) if has_aux else result), updates
 
     def validate(variables: Variables) -> None:
-        if grad_variables is not False:
-            check_selects(call, grad_variables, "grad_variables")(variables)
+        check_selects(call, grad_variables, "grad_variables")(variables)
         if call.functional.initializing:
             direction.match(call.functional, variables, False)
 

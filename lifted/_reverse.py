@@ -172,9 +172,7 @@ def _value_and_grad(
         value = (y, aux) if call.has_aux else y
         return (value, selection.layout(call.functional, inputs).fill(grads.__getitem__)), updates
 
-    validate = (
-        None if grad_variables is False else check_selects(call, grad_variables, "grad_variables")
-    )
+    validate = check_selects(call, grad_variables, "grad_variables")
     return call.finish(attempt, selection.filter, validate)
 
 
@@ -258,11 +256,7 @@ def vjp(
         bwd = jax.tree_util.Partial(pullback, transpose, inputs.values if axes else [])
         return ((y, bwd, aux) if has_aux else (y, bwd)), updates
 
-    validate = (
-        None
-        if vjp_variables in (False, "params")
-        else check_selects(call, vjp_variables, "vjp_variables")
-    )
+    validate = check_selects(call, vjp_variables, "vjp_variables")
     return call.finish(attempt, vjp_variables, validate)
 
 

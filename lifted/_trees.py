@@ -1,5 +1,6 @@
 """Small questions about pytrees."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ def structure(tree: Any) -> Any:
     return jax.tree.structure(tree)
 
 
-def identical(a: Any, b: Any) -> bool:
+def identical(a: Any, b: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:
     """Whether two pytrees have one structure and the same objects as leaves."""
-    if structure(a) != structure(b):
-        return False
-    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    leaves, treedef = jax.tree.flatten(a, is_leaf=is_leaf)
+    others, other_treedef = jax.tree.flatten(b, is_leaf=is_leaf)
+    same: bool = treedef == other_treedef  # type: ignore[operator]
+    return same and all(x is y for x, y in zip(leaves, others, strict=True))
 
 
 @jax.tree_util.register_static

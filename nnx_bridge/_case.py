@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +53,7 @@ class Case:
 
     module: nn.Module
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = types.MappingProxyType({})
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
     variables: Variables | None = None
     rngs: Mapping[str, jax.Array] | Sequence[str] = ("params", "dropout")
@@ -79,7 +78,8 @@ class Case:
         """The keys of the streams: those given, or new ones from the seed."""
         if isinstance(self.rngs, Mapping):
             return dict(self.rngs)
-        return dict(zip(self.rngs, jax.random.split(jax.random.key(seed), len(self.rngs))))
+        keys = jax.random.split(jax.random.key(seed), len(self.rngs))
+        return dict(zip(self.rngs, keys, strict=True))
 
 
 def load_case(target: str) -> Case:
@@ -101,7 +101,7 @@ def load_case(target: str) -> Case:
     if isinstance(factory, Case):
         return factory
     if not callable(factory):
-        raise CaseError(f"{target} is a {type(factory).__name__}; expected a function")
+        raise CaseError(f"{target} is no function, but of type {type(factory).__name__}")
     try:
         made = factory()
     except Exception as error:

@@ -23,6 +23,8 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
+from lifted._trees import identical
+
 Variables = Mapping[str, Any]
 Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 
@@ -90,7 +92,8 @@ def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
                 f"{value.var_type.__name__}, but {collection!r} stands for {kind.__name__}; "
                 f"move it to {collection_name(value.var_type)!r}"
             )
-        metadata = {key: v for key, v in value.metadata.items() if not _is_standard(key)}
+        standard = nnx.Variable.required_metadata
+        metadata = {key: v for key, v in value.metadata.items() if key not in standard}
         return kind(value.value, **metadata, eager_sharding=False)
     if not isinstance(value, meta.AxisMetadata):
         return kind(value)
@@ -116,7 +119,7 @@ def from_variable(variable: nnx.Variable[Any]) -> Any:
         (1.0, {'unit': 'm'})
     """
     value = variable.get_value()
-    metadata = {k: v for k, v in variable.get_metadata().items() if not _is_standard(k)}
+    metadata = variable.get_metadata(exclude_required=True)
     metadata.pop(_NAME, None)
     if not metadata:
         return value
@@ -135,7 +138,8 @@ def set_variable(variable: nnx.Variable[Any], value: Any) -> None:
     held = variable.get_value()
     if isinstance(value, meta.AxisMetadata) and not isinstance(held, meta.AxisMetadata):
         (value,) = jax.tree.leaves(value)
-    if value is not held:  # What was not changed may be closed over, and must not be written.
+    if not identical(value, held):
+        # What was not changed may belong to another trace, where it must not be written.
         variable.set_value(value)
 
 
@@ -146,7 +150,7 @@ def linen_path(path: Path, variable: nnx.Variable[Any]) -> Path:
         >>> linen_path(("Dense_0", "kernel"), nnx.Param(1.0))
         ('params', 'Dense_0', 'kernel')
     """
-    name = variable.get_metadata().get(_NAME, path[-1])
+    name = variable.get_metadata(_NAME, path[-1])
     return (collection_name(type(variable)), *path[:-1], name)
 
 
@@ -255,8 +259,3 @@ def _flatten(path: Path, tree: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
             yield from _flatten((*path, name), value)
         else:
             yield (*path, name), value
-
-
-def _is_standard(key: str) -> bool:
-    """Whether every Variable has this metadata, so that it says nothing about this one."""
-    return key in nnx.Variable.required_metadata

@@ -27,6 +27,7 @@ from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name, linen_path
 from nnx_bridge._filters import to_predicate
+from nnx_bridge._snapshot import Snapshot
 
 
 @jax.tree_util.register_dataclass
@@ -78,10 +79,16 @@ class NNXGroup:
         leaves = [
             given.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
         ]
-        copies, indices = _flax_private.unflatten(self._graphdef, leaves)
+        # New Variables in new containers: what the call writes in place is not the caller's.
+        parts, treedef = jax.tree.flatten(leaves)
+        fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
+        copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
+        snapshot = Snapshot(nodes)
         with _without(copies, self._hidden):
             y = body(list(copies))
-        return y, self._updates(leaves, copies, indices)
+        if snapshot.holds():
+            return y, NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
+        return y, self._regraph(leaves, copies, indices)
 
     def publish(self, updates: NNXUpdates) -> None:
         if updates.graph.value is None:
@@ -91,7 +98,7 @@ class NNXGroup:
                 # Fails where the Variable belongs to another trace, before anything is written.
                 original.set_raw_value(original.get_raw_value())
             for original, variable in changed:
-                original.set_raw_value(variable.get_raw_value())
+                original.update_from_state(variable)
             return
         graphdef, treedef, sources = updates.graph.value
         old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
@@ -132,27 +139,25 @@ class NNXGroup:
         flat = self._flat(variables).values()
         return sorted({collection_name(type(x)) for x in flat if isinstance(x, nnx.Variable)})
 
-    def _updates(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
-        graphdef, paths, after, _ = _flax_private.flatten(copies)
-        if graphdef == self._graphdef:
-            changed = {
-                path: leaf
-                for path, old, leaf in zip(paths, before, after, strict=True)
-                if not identical(old, leaf)
-            }
-            if all(isinstance(leaf, nnx.Variable) for leaf in changed.values()):
-                return NNXUpdates(self._by_target(changed), [], Static(None))
+    def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
+        """The updates where the graph has changed."""
+        _, paths, after, _ = _flax_private.flatten(copies)
         places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
         parts, treedef = jax.tree.flatten(after)
         sources = [places.get(id(part)) for part in parts]
         new = [part for part, source in zip(parts, sources, strict=True) if source is None]
-        changed = {
-            path: leaf
-            for path, leaf in zip(paths, after, strict=True)
-            if path not in self._paths or any(id(p) not in places for p in jax.tree.leaves(leaf))
-        }
         graph = (_flax_private.flatten_copy(copies, indices), treedef, sources)
-        return NNXUpdates(self._by_target(changed), new, Static(graph))
+        return NNXUpdates(self._changed(before, paths, after), new, Static(graph))
+
+    def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:
+        old = dict(zip(self._paths, before, strict=True))
+        return self._by_target(
+            {
+                path: leaf
+                for path, leaf in zip(paths, after, strict=True)
+                if path not in old or not identical(old[path], leaf)
+            }
+        )
 
     def _flat(self, by_target: Sequence[Any]) -> dict[Path, Any]:
         """The leaves of all targets by their paths in the tuple of targets."""
@@ -160,12 +165,13 @@ class NNXGroup:
         for i, tree in enumerate(by_target):
             if isinstance(tree, nnx.State):
                 flat.update({(i, *path): leaf for path, leaf in nnx.to_flat_state(tree)})
-            else:
+            elif tree is not None:
                 flat[(i,)] = tree
         return flat
 
     def _by_target(self, flat: Mapping[Path, Any]) -> list[Any]:
-        """The inverse of `_flat`: a state for each module, a Variable for a target that is one."""
+        """The inverse of `_flat`: a state for each module; for a target that is a Variable that
+        one, or None."""
         trees: list[Any] = []
         for i, target in enumerate(self._targets):
             of_target = [(path[1:], leaf) for path, leaf in flat.items() if path[0] == i]

@@ -7,17 +7,18 @@ into the tree. So every Linen model works, and the numbers are those of Linen.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter
+from flax.core.scope import CollectionFilter, in_filter
 
-from nnx_bridge import _collections as collections
-from nnx_bridge._collections import Path, Variables
+from nnx_bridge._collections import Variables
+from nnx_bridge._tree import Node, fill, read, write
 
 Keys: TypeAlias = jax.Array | dict[str, jax.Array]
 Method: TypeAlias = str | Callable[..., Any] | None
@@ -25,19 +26,15 @@ Method: TypeAlias = str | Callable[..., Any] | None
 # What a call with the default filter leaves alone: what optimizers and users change, and what is
 # recorded only on request.
 _NOT_STATISTICS = ("params", "perturbations", "intermediates")
-_OWN_ATTRIBUTES = ("_linen", "_linen_rngs")
-
-
-class Node(nnx.Module):
-    """One level of a hosted model: the variables of one Linen module, and its submodules."""
 
 
 class Host(Node):
     """Runs a Linen module, with its variables as a tree of NNX modules and Variables.
 
     It is an `nnx.Module`: `nnx.split`, `nnx.state`, `nnx.jit`, `nnx.grad`, `nnx.Optimizer` and
-    the transforms of `lifted` take it. A method of the Linen module is called as on the module
-    itself (`model.encode(x)`), unless a variable or `nnx.Module` has that name; then by
+    the transforms of `lifted` take it. Fields of the Linen module are read, and its methods called,
+    as on the module itself (`model.features`, `model.encode(x)`), unless a variable, a submodule or
+    an attribute of `nnx.Module` has that name; then a method is called by
     `model(x, method='encode')`.
 
     Args:
@@ -73,8 +70,7 @@ class Host(Node):
     ) -> None:
         self._linen = _Program(check_linen_module(module), mutable)
         self._linen_rngs = rngs if rngs is None or isinstance(rngs, nnx.Rngs) else nnx.Rngs(**rngs)
-        for path, variable in collections.to_flat_state(variables):
-            setattr(_node(self, path[:-1]), _escaped(path[-1]), variable)
+        fill(self, variables)
 
     @classmethod
     def init(
@@ -133,7 +129,7 @@ class Host(Node):
         """
         if rngs is None:
             rngs = self._linen_rngs
-        variables = _variables(self)
+        variables = read(self)
         # Sown values are a record of one call, so they are no input of the next.
         variables.pop("intermediates", None)
         result = self._linen.module.apply(
@@ -141,23 +137,30 @@ class Host(Node):
             *args,
             rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
             method=method,
-            mutable=(filter := self._linen.mutable_collections(mutable, variables)),
+            mutable=(changeable := self._linen.mutable_collections(mutable, variables)),
             **kwargs,
         )
-        if filter is False:
+        if changeable is False:
             return result
         output, updates = result
-        _write(self, updates)
+        if in_filter(changeable, "intermediates"):
+            updates = {"intermediates": {}, **updates}
+        write(self, updates)
         return output
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is neither a variable, a submodule nor an attribute of nnx.Module.
         program = None if name.startswith("__") else vars(self).get("_linen")
-        if program is not None and callable(method := getattr(type(program.module), name, None)):
+        if program is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self)
+        if name in program.fields:
+            return getattr(program.module, name)
+        if callable(method := getattr(type(program.module), name, None)):
             return functools.partial(self, method=method)
-        kind = type(self).__name__ if program is None else f"the hosted {program!r}"
         raise AttributeError(
-            f"{kind} has no variable, submodule or method {name!r}", name=name, obj=self
+            f"the hosted {program!r} has no variable, submodule, field or method {name!r}",
+            name=name,
+            obj=self,
         )
 
 
@@ -170,7 +173,12 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
         >>> module.apply(variables, x).shape
         (2, 3)
     """
-    return model._linen.module, _variables(model)
+    return model._linen.module, read(model)
+
+
+def default_mutable(variables: Variables) -> CollectionFilter:
+    """The collections that a call of a host may change where nobody said which."""
+    return [name for name in variables if name not in _NOT_STATISTICS] or False
 
 
 def check_linen_module(module: Any) -> nn.Module:
@@ -197,16 +205,14 @@ class _Program:
 
     def __init__(self, module: nn.Module, mutable: CollectionFilter | None) -> None:
         self.module = module
+        self.fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
         self._mutable = mutable
 
     def mutable_collections(
         self, override: CollectionFilter | None, variables: Variables
     ) -> CollectionFilter:
         chosen = self._mutable if override is None else override
-        if chosen is not None:
-            return chosen
-        held = [name for name in variables if name not in _NOT_STATISTICS]
-        return held or False
+        return default_mutable(variables) if chosen is None else chosen
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Program):
@@ -230,74 +236,8 @@ class _Program:
 
 
 def _draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:
-    keys = {name: stream() for name, stream in rngs.items()}
+    # Not by `rngs.items()`: `nnx.tabulate` compiles every public method, and it is a generator.
+    keys = {name: rngs[name]() for name in rngs}
     if "default" in keys:
         keys.setdefault("params", keys.pop("default"))
     return keys
-
-
-def _items(node: Node, path: Path = ()) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
-    """The Variables of the tree by their paths in Linen."""
-    for attribute, value in vars(node).items():
-        name = _unescaped(attribute)
-        if isinstance(value, nnx.Variable):
-            yield collections.linen_path((*path, name), value), value
-        elif isinstance(value, Node):
-            yield from _items(value, (*path, name))
-
-
-def _variables(model: Host) -> dict[str, Any]:
-    return collections.nest(
-        (path, collections.from_variable(variable)) for path, variable in _items(model)
-    )
-
-
-def _write(model: Host, updates: Variables) -> None:
-    """Writes updated collections into the tree, with new Variables for what is new."""
-    held = dict(_items(model))
-    new = dict(collections.flatten(updates))
-    for path, value in new.items():
-        if path in held:
-            collections.set_variable(held[path], value)
-        else:
-            _add(model, path, value)
-    if "intermediates" in updates:
-        for path in held.keys() - new.keys():
-            if path[0] == "intermediates":
-                _remove(_node(model, path[1:-1]), held[path])
-
-
-def _add(model: Host, path: Path, value: Any) -> None:
-    collection, *modules, name = path
-    node = _node(model, tuple(modules))
-    attribute = collections.free_name(collection, name, vars(node))
-    variable = collections.to_variable(collection, value)
-    setattr(node, _escaped(attribute), collections.renamed(variable, name, attribute))
-
-
-def _remove(node: Node, variable: nnx.Variable[Any]) -> None:
-    delattr(node, next(name for name, value in vars(node).items() if value is variable))
-
-
-def _node(root: Node, path: Path) -> Node:
-    """The node of a submodule, which is made where there is none."""
-    for name in map(_escaped, path):
-        if name not in vars(root):
-            setattr(root, name, Node())
-        root = vars(root)[name]
-    return root
-
-
-# Names that the attributes of hosts themselves have get one more underscore at the end.
-
-
-def _is_own(name: str) -> bool:
-    return name.rstrip("_") in _OWN_ATTRIBUTES or name.startswith("_pytree__")
-
-
-def _escaped(name: str) -> str:
-    return f"{name}_" if _is_own(name) else name
-
-
-def _unescaped(attribute: str) -> str:
-    return attribute[:-1] if _is_own(attribute) and attribute.endswith("_") else attribute

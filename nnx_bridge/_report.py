@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +26,9 @@ from rich.text import Text
 
 TOLERANCE = 16.0
 
+# Rows that do not agree which the terminal shows.
+_SHOWN = 20
+
 
 class Verdict(enum.Enum):
     """How an array compares with its reference."""
@@ -38,6 +40,7 @@ class Verdict(enum.Enum):
     MISSING = "missing"
     UNEXPECTED = "unexpected"
     MISMATCH = "other shape or dtype"
+    RAISED = "raised an error"
 
     @property
     def agrees(self) -> bool:
@@ -47,7 +50,7 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One array of one route beside the same array of raw JAX."""
+    """One array of one route beside the same array of raw JAX; or why there is none."""
 
     what: str
     route: str
@@ -57,16 +60,18 @@ class Row:
     max_error: float
     max_roundings: float
     verdict: Verdict
+    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found."""
+    """What a check found; `skipped` says what raw JAX itself cannot do with the module."""
 
     name: str
     rows: tuple[Row, ...]
     seed: int
     versions: Mapping[str, str]
+    skipped: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -81,7 +86,7 @@ class Report:
     def assert_equal(self) -> None:
         """Raises AssertionError with the rows that do not agree, if there are any."""
         if not self.agrees:
-            lines = (f"{r.what} of {r.route}, {r.path}: {_finding(r)}" for r in self.failures)
+            lines = (f"{r.what}, {r.route}, {r.path}: {_finding(r)}" for r in self.failures)
             raise AssertionError("\n  ".join([f"{self.name} does not agree:", *lines]))
 
     def to_json(self) -> dict[str, Any]:
@@ -93,28 +98,34 @@ class Report:
             "seed": self.seed,
             "tolerance_in_roundings": TOLERANCE,
             "versions": dict(self.versions),
+            "skipped": list(self.skipped),
             "rows": rows,
         }
 
     def __rich__(self) -> RenderableType:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        routes = list(dict.fromkeys(row.route for row in self.rows))
         table = Table(
-            title=f"{self.name}: Linen, and Linen hosted as NNX, against raw JAX",
-            caption=f"errors in roundings, eps * max|reference|; seed {self.seed}; {versions}",
+            title=f"{self.name}: compared with raw JAX over module.apply",
+            caption=f"1 rounding is eps * max|reference| of an array; seed {self.seed}; {versions}",
             box=box.SIMPLE_HEAD,
             title_justify="left",
             caption_justify="left",
         )
-        for heading in ("compared", "program", "arrays", "worst error", "roundings", "verdict"):
-            right = heading in ("arrays", "worst error", "roundings")
-            table.add_column(heading, justify="right" if right else "left")
-        for (what, route), group in itertools.groupby(self.rows, lambda r: (r.what, r.route)):
-            table.add_row(what, route, *_summary(list(group)))
-        failures = [
-            Text(f"  {row.what} of {row.route}, {row.path}: {_finding(row)}", style="red")
-            for row in self.failures
-        ]
-        return Group(table, *failures, _conclusion(self))
+        table.add_column("compared", no_wrap=True)
+        table.add_column("arrays", justify="right")
+        for route in routes:
+            table.add_column(route)
+        for what in dict.fromkeys(row.what for row in self.rows):
+            groups = [[r for r in self.rows if (r.what, r.route) == (what, q)] for q in routes]
+            table.add_row(what, str(max(map(len, groups))), *map(_summary, groups))
+        return Group(table, *_details(self), _conclusion(self))
+
+
+def raised(what: str, route: str, error: Exception) -> Row:
+    """The row of a program that raised where raw JAX did not."""
+    message = f"{type(error).__name__}: {error}"
+    return Row(what, route, "-", (), "-", math.nan, math.nan, Verdict.RAISED, message)
 
 
 def compare_arrays(
@@ -130,9 +141,11 @@ def compare_arrays(
     """
     for path in dict.fromkeys([*reference, *actual]):
         found, expected = actual.get(path), reference.get(path)
-        shown = found if expected is None else expected
         error, roundings, verdict = _compare(found, expected)
-        yield Row(what, route, path, np.shape(shown), str(shown.dtype), error, roundings, verdict)
+        note = _not_a_number(found, expected) if verdict is Verdict.NAN else ""
+        shown: Any = found if expected is None else expected
+        shape, dtype = np.shape(shown), str(shown.dtype)
+        yield Row(what, route, path, shape, dtype, error, roundings, verdict, note)
 
 
 def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
@@ -143,7 +156,7 @@ def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
     inexact = jnp.issubdtype(reference.dtype, jnp.inexact)
     eps = float(jnp.finfo(reference.dtype).eps) if inexact else 0.0
     actual, reference = _wide(actual), _wide(reference)
-    if np.isnan(actual).any() or np.isnan(reference).any():
+    if inexact and (np.isnan(actual).any() or np.isnan(reference).any()):
         return math.nan, math.nan, Verdict.NAN
     same = actual == reference
     if same.all():
@@ -153,6 +166,11 @@ def _compare(actual: Any, reference: Any) -> tuple[float, float, Verdict]:
     unit = eps * float(np.abs(reference).max())
     roundings = error / unit if unit > 0 else math.inf
     return error, roundings, Verdict.ROUNDING if roundings <= TOLERANCE else Verdict.DIFFERS
+
+
+def _not_a_number(actual: Any, reference: Any) -> str:
+    here, there = (int(np.isnan(_wide(array)).sum()) for array in (actual, reference))
+    return f"{here} of {actual.size} values, and {there} in raw JAX"
 
 
 def _wide(array: Any) -> np.ndarray[Any, Any]:
@@ -168,16 +186,32 @@ def _wide(array: Any) -> np.ndarray[Any, Any]:
     return values.astype(object)
 
 
-def _summary(rows: list[Row]) -> tuple[str | Text, ...]:
+def _summary(rows: list[Row]) -> Text:
+    """All arrays of one kind and one program in a few words."""
     bad = [row for row in rows if not row.verdict.agrees]
+    worst = max((row.max_roundings for row in rows), key=lambda x: (not math.isnan(x), x))
+    if any(row.verdict is Verdict.RAISED for row in bad):
+        return Text(Verdict.RAISED.value, style="bold red")
     if bad:
-        verdict = Text(f"{len(bad)} of {len(rows)} {bad[0].verdict.value}", style="bold red")
-    elif all(row.verdict is Verdict.EQUAL for row in rows):
-        verdict = Text(Verdict.EQUAL.value, style="green")
-    else:
-        verdict = Text(Verdict.ROUNDING.value, style="yellow")
-    errors = _largest(row.max_error for row in rows), _largest(row.max_roundings for row in rows)
-    return str(len(rows)), *map(_number, errors), verdict
+        by = "" if math.isnan(worst) else f", by {_roundings(worst)}"
+        return Text(f"{len(bad)} of {len(rows)} disagree{by}", style="bold red")
+    if worst > 0:
+        return Text(f"equal up to {_roundings(worst)}", style="yellow")
+    return Text("equal", style="green")
+
+
+def _details(report: Report) -> list[Text]:
+    """What cannot be read off the table."""
+    lines = [Text(f"  skipped: {reason}", style="yellow") for reason in report.skipped]
+    errors = [row for row in report.failures if row.verdict is Verdict.RAISED]
+    for route, error in dict.fromkeys((row.route, row.error) for row in errors):
+        lines.append(Text(f"  {route} raised {error}", style="red"))
+    others = [row for row in report.failures if row.verdict is not Verdict.RAISED]
+    for row in others[:_SHOWN]:
+        lines.append(Text(f"  {row.what}, {row.route}, {row.path}: {_finding(row)}", style="red"))
+    if len(others) > _SHOWN:
+        lines.append(Text(f"  ... and {len(others) - _SHOWN} more; JSON has all", style="red"))
+    return lines
 
 
 def _conclusion(report: Report) -> Text:
@@ -194,20 +228,18 @@ def _conclusion(report: Report) -> Text:
 
 def _finding(row: Row) -> str:
     if row.verdict is not Verdict.DIFFERS:
-        return row.verdict.value
+        return f"{row.verdict.value}: {row.error}" if row.error else row.verdict.value
+    where = f"{row.dtype}{list(row.shape)}"
+    if math.isinf(row.max_roundings):
+        return f"differs by {row.max_error:.3g} in {where}, which must be equal"
     return (
-        f"differs by {_number(row.max_error)}, {_number(row.max_roundings)} roundings of "
-        f"{row.dtype}{list(row.shape)}; at most {TOLERANCE:g} are allowed"
+        f"differs by {row.max_error:.3g}, {_roundings(row.max_roundings)} of {where}; "
+        f"at most {TOLERANCE:g} are allowed"
     )
 
 
-def _largest(errors: Iterable[float]) -> float:
-    values = list(errors)
-    return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3g}"
+def _roundings(number: float) -> str:
+    return "any number of roundings" if math.isinf(number) else f"{number:.2g} roundings"
 
 
 def _json_value(value: Any) -> Any:

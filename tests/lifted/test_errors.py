@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import numpy as np
 import pytest
-from flax import linen as nn
 
+import lifted
 from tests.helpers import call, initialized, normal, total
 from tests.lifted import models
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 from flax.core.scope import Scope
 
+import lifted
 from tests.helpers import assert_same_program, initialized, normal, normal_like, total
 from tests.lifted import models
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 from flax.core import freeze, meta
 
+import lifted
 from tests.helpers import assert_trees_equal, call, initialized, normal, normal_like
 from tests.lifted import models
 

@@ -1,0 +1,1 @@
+"""Benchmarks of the claims on speed; run them with ``make bench``."""

@@ -1,0 +1,104 @@
+"""Results as a table in the terminal, a Markdown file and a plot."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import rich
+from rich.table import Table as RichTable
+
+from benchmarks._measure import Ratio, setting
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+_COLUMNS = ("what", "contestant", "baseline", "times the baseline", "baseline (ms)", "claim")
+
+
+@dataclass
+class _Row:
+    what: str
+    name: str
+    baseline: str
+    ratio: Ratio
+    seconds: float
+    claim: float | None
+
+    @property
+    def holds(self) -> bool:
+        return self.claim is None or self.ratio.median <= self.claim
+
+    def cells(self) -> tuple[str, ...]:
+        claim = "" if self.claim is None else f"≤ {self.claim} {'✓' if self.holds else '✗'}"
+        milliseconds = f"{self.seconds * 1e3:.1f}" if self.name == self.baseline else ""
+        return (self.what, self.name, self.baseline, str(self.ratio), milliseconds, claim)
+
+
+@dataclass
+class Table:
+    """The ratios of one benchmark.
+
+    Attributes:
+      name: of the files that are written.
+      title: heading of table and plot.
+    """
+
+    name: str
+    title: str
+    rows: list[_Row] = field(default_factory=list)
+
+    def add(
+        self,
+        what: str,
+        name: str,
+        baseline: str,
+        ratio: Ratio,
+        seconds: float,
+        claim: float | None = None,
+    ) -> None:
+        """Adds a contestant; ``claim`` is the largest ratio that we promise for it."""
+        self.rows.append(_Row(what, name, baseline, ratio, seconds, claim))
+
+    @property
+    def holds(self) -> bool:
+        """Whether every claim holds."""
+        return all(row.holds for row in self.rows)
+
+    def show(self) -> None:
+        """Prints the table."""
+        table = RichTable(*_COLUMNS, title=self.title, caption=setting())
+        for row in self.rows:
+            table.add_row(*row.cells(), style=None if row.holds else "red")
+        rich.print(table)
+
+    def write(self) -> None:
+        """Writes ``results/<name>.md`` and ``results/<name>.png``."""
+        RESULTS.mkdir(exist_ok=True)
+        lines = [f"# {self.title}", "", "Median over interleaved rounds (and quartiles).", ""]
+        lines += [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
+        lines += [f"| {' | '.join(row.cells())} |" for row in self.rows]
+        lines += ["", f"![{self.title}]({self.name}.png)", "", f"Measured with {setting()}.", ""]
+        (RESULTS / f"{self.name}.md").write_text("\n".join(lines), encoding="utf-8")
+        self._plot()
+
+    def _plot(self) -> None:
+        rows = [row for row in self.rows if row.name != row.baseline][::-1]
+        figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.6), layout="constrained")
+        labels = [f"{row.what}: {row.name}" for row in rows]
+        medians = [row.ratio.median for row in rows]
+        spread = [
+            [row.ratio.median - row.ratio.low for row in rows],
+            [row.ratio.high - row.ratio.median for row in rows],
+        ]
+        colors = ["tab:blue" if row.claim is not None else "tab:gray" for row in rows]
+        axes.barh(labels, medians, xerr=spread, color=colors, height=0.6)
+        for i, row in enumerate(rows):
+            if row.claim is not None:
+                axes.plot([row.claim] * 2, [i - 0.4, i + 0.4], color="tab:red")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlim(left=min(0.9, *medians))
+        axes.set_xlabel("times the baseline (red: what is claimed)")
+        axes.set_title(self.title, fontsize=10)
+        figure.savefig(RESULTS / f"{self.name}.png", dpi=120)
+        plt.close(figure)

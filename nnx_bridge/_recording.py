@@ -1,0 +1,223 @@
+"""Recording what modules sow and where they perturb, without a mark on any module of the caller's.
+
+`record` runs inside a functional call, on copies of the caller's modules. NNX modules get the
+context that `nnx.capture` would give them, so that `nnx.Module.sow` and ``perturb`` find it; Linen
+modules get scopes in which the recorded collections are empty and mutable. When the call ends, by
+return or by exception, the copies are as before.
+
+Contexts nest: what is sown goes to the innermost context that records its type. A context leaves
+the types that it does not record to the one around it.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from flax.core.scope import Scope, union_filters
+
+from lifted._functional import is_target
+from lifted._linen import Collections, LinenGroup, LinenUpdates
+from nnx_bridge import _flax_private
+from nnx_bridge._collections import collection_name, variable_type
+from nnx_bridge._method_outputs import sowing_outputs
+
+Kind = str | type[nnx.Variable[Any]]
+Modules = list[tuple[int, tuple[Any, ...], nnx.Module]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What is recorded.
+
+    Attributes:
+      kinds: Variable types or names of collections, each standing for the other.
+      seeds: for each target the values that recorded Variables start with: an `nnx.State` for an
+      NNX
+        module, ``{collection: ...}`` for a Linen module. A collection with seeds is only read.
+      outputs: ``outputs(module, method_name)`` says which outputs of methods are sown, as the first
+        of ``kinds``; None for none.
+    """
+
+    kinds: tuple[Kind, ...]
+    seeds: Sequence[Any] | None = None
+    outputs: Callable[[Any, str], bool] | None = None
+
+
+def record(fn: Callable[[Any], Any], mdl: Any, recording: Recording) -> tuple[Any, list[Any]]:
+    """The result of ``fn(mdl)``, and what was recorded.
+
+    Args:
+      fn: function of a pytree of targets.
+      mdl: the targets; they belong to the functional call in which this runs.
+      recording: what to record.
+
+    Returns:
+      ``(y, recorded)``; for each kind a pytree of the structure of ``mdl`` with an `nnx.State` in
+      the place of an NNX module, and the content of the collection in the place of a Linen module.
+    """
+    targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
+    structure: Any = treedef
+    linen = [i for i, target in enumerate(targets) if isinstance(target, (nn.Module, Scope))]
+    native = [i for i in range(len(targets)) if i not in linen]
+    seeds = recording.seeds or [None] * len(targets)
+
+    def body(copies: list[Any]) -> Any:
+        by_place = dict(enumerate(targets)) | dict(zip(linen, copies, strict=True))
+        modules = _modules([by_place[i] for i in native])
+        with _captures(modules, recording, [seeds[i] for i in native]) as collect:
+            y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
+            return y, [collect(_type(kind)) for kind in recording.kinds]
+
+    linen_targets, linen_seeds = [targets[i] for i in linen], [seeds[i] for i in linen]
+    (y, of_native), of_linen = _record_linen(body, linen_targets, recording, linen_seeds)
+    recorded = []
+    for native_trees, linen_trees in zip(of_native, of_linen, strict=True):
+        trees = dict(zip([*native, *linen], [*native_trees, *linen_trees], strict=True))
+        recorded.append(structure.unflatten([trees[i] for i in range(len(targets))]))
+    return y, recorded
+
+
+def _type(kind: Kind) -> type[nnx.Variable[Any]]:
+    return variable_type(kind) if isinstance(kind, str) else kind
+
+
+def collection(kind: Kind) -> str:
+    """Name of the Linen collection of a kind."""
+    return kind if isinstance(kind, str) else collection_name(kind)
+
+
+def _modules(targets: Sequence[Any]) -> Modules:
+    """The modules of all targets, each once, with its target and its path there."""
+    found: dict[int, tuple[int, tuple[Any, ...], nnx.Module]] = {}
+    for i, target in enumerate(targets):
+        for path, module in nnx.iter_modules(target, graph=True):
+            found.setdefault(id(module), (i, path, module))
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _captures(
+    modules: Modules, recording: Recording, seeds: Sequence[Any]
+) -> Iterator[Callable[[type[nnx.Variable[Any]]], list[nnx.State]]]:
+    """Gives the modules a context of `nnx.capture`; yields a function that reads what it
+    recorded."""
+    types = tuple(_type(kind) for kind in recording.kinds)
+    started = [dict(nnx.to_flat_state(seed)) if seed is not None else {} for seed in seeds]
+    contexts = []
+    with contextlib.ExitStack() as stack:
+        for i, path, module in modules:
+            own: dict[Any, dict[Any, Any]] = {kind: {} for kind in types}
+            for seed_path, variable in started[i].items():
+                if seed_path[:-1] == tuple(path):
+                    own.setdefault(type(variable), {})[seed_path[-1]] = variable.get_value()
+            variables = tuple(
+                kind(Addends(values) if issubclass(kind, nnx.Perturbation) else values)
+                for kind, values in own.items()
+            )
+            stack.enter_context(_flax_private.captures(module, variables))
+            contexts.append((i, tuple(path), variables))
+        if recording.outputs is not None:
+            nodes = [module for _, _, module in modules]
+            stack.enter_context(sowing_outputs(nodes, types[0], recording.outputs))
+
+        def collect(kind: type[nnx.Variable[Any]]) -> list[nnx.State]:
+            flat: list[list[Any]] = [[] for _ in seeds]
+            for i, path, variables in contexts:
+                for variable in variables:
+                    if type(variable) is kind:
+                        values = dict.items(variable.get_raw_value())
+                        flat[i] += [((*path, name), kind(value)) for name, value in values]
+            return [nnx.from_flat_state(f) if f else nnx.State({}) for f in flat]
+
+        yield collect
+
+
+def _record_linen(
+    body: Callable[[list[Any]], Any],
+    targets: Sequence[Any],
+    recording: Recording,
+    seeds: Sequence[Any],
+) -> tuple[Any, list[list[Any]]]:
+    """The result of ``body`` on Linen targets, and for each kind what each target recorded."""
+    names = [collection(kind) for kind in recording.kinds]
+    if not targets:
+        return body([]), [[] for _ in names]
+    started = [seed or {} for seed in seeds]
+    group = _RecordingGroup(targets, tuple(names), {col for seed in started for col in seed})
+    variables = [{**own, **seed} for own, seed in zip(group.variables, started, strict=True)]
+    with _linen_outputs(recording.outputs, names[0]):
+        y, updates = group(variables, body)
+    written = group.written(updates)
+    kept = [{c: v for c, v in root.items() if c not in names} for root in updates.variables]
+    group.publish(LinenUpdates(kept, updates.static))
+    return y, [[tree.get(name, {}) for tree in written] for name in names]
+
+
+class _RecordingGroup(LinenGroup):
+    """Linen targets whose recorded collections are empty and mutable inside a call."""
+
+    def __init__(self, targets: Sequence[Any], names: tuple[str, ...], seeded: set[str]) -> None:
+        super().__init__(targets, variables=True, frozen=False, rngs=True)
+        self._recorded = [name for name in names if name not in seeded]
+        self.variables = [
+            {col: values for col, values in tree.items() if col not in names}
+            for tree in self.variables
+        ]
+
+    def _open(self, root: Any, collections: Collections) -> Scope:
+        scope = super()._open(root, collections)
+        scope.mutable = union_filters(scope.mutable, self._recorded)
+        return scope
+
+
+@contextlib.contextmanager
+def _linen_outputs(outputs: Callable[[Any, str], bool] | None, name: str) -> Iterator[None]:
+    """Sows the outputs of the Linen methods that ``outputs`` selects."""
+    if outputs is None:
+        yield
+        return
+
+    def sow(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        if outputs(context.module, context.method_name):
+            context.module.sow(name, context.method_name, y)
+        return y
+
+    with nn.intercept_methods(sow):
+        yield
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Addends(dict[str, Any]):
+    """The perturbations of a module.
+
+    `nnx.Module.perturb` adds one to a value with ``+``. Where the value is a pytree, what is taken
+    from here adds leaf by leaf.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return value if jax.tree_util.all_leaves([value]) else _Addend(value)
+
+    def tree_flatten_with_keys(self) -> tuple[list[Any], tuple[str, ...]]:
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(n), dict.__getitem__(self, n)) for n in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Sequence[Any]) -> "Addends":
+        return cls(zip(names, values, strict=True))
+
+
+class _Addend:
+    """A pytree that is added to another one leaf by leaf."""
+
+    def __init__(self, tree: Any) -> None:
+        self._tree = tree
+
+    def __add__(self, other: Any) -> Any:
+        return jax.tree.map(jnp.add, self._tree, other)

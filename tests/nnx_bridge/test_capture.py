@@ -1,0 +1,212 @@
+"""Capture contexts: that they are those of `nnx.capture`, without its faults."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lifted
+import nnx_bridge
+from tests.helpers import assert_trees_equal, normal, strict
+
+
+class Block(nnx.Module):
+    """Sows, perturbs, and updates statistics."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow(nnx.Intermediate, "input", x)
+        return self.perturb("hidden", jnp.tanh(self.norm(self.dense(x))))
+
+
+class Pair(nnx.Module):
+    """Perturbs a pytree."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pair = self.perturb("pair", {"once": x, "twice": (2 * x,)})
+        return pair["once"] * pair["twice"][0]
+
+
+class Nested(nnx.Module):
+    """Captures a submodule inside its own call."""
+
+    def __init__(self, rngs: nnx.Rngs, capture: Callable[..., Any] = nnx_bridge.capture) -> None:
+        self.block = Block(rngs)
+        self.capture = nnx.static(capture)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+        self.sow(nnx.Intermediate, "before", x)
+        y, inner = self.capture(self.block, nnx.Intermediate)(x)
+        self.sow(nnx.Intermediate, "after", y)
+        return y, inner
+
+
+def block() -> Block:
+    return Block(nnx.Rngs(0))
+
+
+def marks(module: nnx.Module) -> set[str]:
+    return {name for _, m in nnx.iter_modules(module) for name in vars(m) if "capture" in name}
+
+
+X = normal(4, 3)
+
+
+def test_it_records_what_flax_records() -> None:
+    expected = nnx.capture(block(), nnx.Intermediate)(X)
+    assert_trees_equal(nnx_bridge.capture(block(), nnx.Intermediate)(X), expected)
+
+
+def test_statistics_are_updated_as_by_a_plain_call() -> None:
+    captured, plain = block(), block()
+    nnx_bridge.capture(captured, nnx.Intermediate)(X)
+    plain.norm(plain.dense(X))
+    assert_trees_equal(nnx.state(captured), nnx.state(plain))
+
+
+@pytest.mark.parametrize("types", [(nnx.Intermediate, nnx.Perturbation)[::s] for s in (1, -1)])
+def test_each_state_holds_its_own_type_in_either_order(types: Any) -> None:
+    _, *states = nnx_bridge.capture(block(), *types)(X)
+    names = {kind: list(state) for kind, state in zip(types, states, strict=True)}
+    assert names == {nnx.Intermediate: ["input"], nnx.Perturbation: ["hidden"]}
+
+
+def test_an_exception_leaves_no_mark_and_no_statistics() -> None:
+    def fail(mdl: Block, x: jax.Array) -> None:
+        mdl(x)
+        raise RuntimeError("inside")
+
+    mdl = block()
+    with pytest.raises(RuntimeError, match="inside"):
+        nnx_bridge.capture(fail, nnx.Intermediate, method_outputs=nnx.Intermediate)(mdl, X)
+    assert marks(mdl) == set()
+    assert type(mdl) is Block
+    assert_trees_equal(nnx.state(mdl), nnx.state(block()))
+
+
+@pytest.mark.parametrize("outer", [nnx_bridge.capture, nnx.capture])
+def test_of_nested_contexts_each_gets_what_was_sown_in_it(outer: Any) -> None:
+    (_, inner), sown = outer(Nested(nnx.Rngs(0)), nnx.Intermediate)(X)
+    assert list(inner) == ["input"]
+    assert sorted(k for k, v in nnx.to_flat_state(sown)) == [("after",), ("before",)]
+
+
+def test_a_type_that_the_inner_context_does_not_record_reaches_the_outer_one() -> None:
+    (_, inner), sown = nnx_bridge.capture(Nested(nnx.Rngs(0)), nnx.Perturbation)(X)
+    assert [k for k, _ in nnx.to_flat_state(sown)] == [("block", "hidden")]
+
+
+def test_flax_capture_finds_the_same_context() -> None:
+    mdl = Nested(nnx.Rngs(0), capture=nnx.capture)
+    _, sown = nnx_bridge.capture(mdl.block, nnx.Intermediate)(X)
+    assert list(sown) == ["input"]
+
+
+def test_pytrees_are_perturbed_leaf_by_leaf() -> None:
+    y, zeros = nnx_bridge.capture(Pair(), nnx.Perturbation)(2.0)
+    moved = jax.tree.map(lambda x: x + 1.0, zeros)
+    perturbed = nnx_bridge.capture(Pair(), init=moved)(2.0)
+    assert (float(y), float(perturbed)) == (8.0, 15.0)
+
+
+class Base(nnx.Module):
+    def features(self, x: jax.Array) -> jax.Array:
+        return x + 1
+
+    def _private(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class Derived(Base):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return 2 * self._private(self.features(x))
+
+
+def test_outputs_of_inherited_methods_are_sown() -> None:
+    capture = nnx_bridge.capture(Derived(), nnx.Intermediate, method_outputs=nnx.Intermediate)
+    _, sown = capture(1.0)
+    assert {k: v.get_value() for k, v in sown.items()} == {"__call__": (4.0,), "features": (2.0,)}
+
+
+def test_classes_are_not_touched_while_outputs_are_sown() -> None:
+    seen = []
+
+    def look(mdl: Derived, x: float) -> float:
+        seen.append(Derived.__call__)
+        return mdl(x)
+
+    before = Derived.__call__
+    nnx_bridge.capture(look, nnx.Intermediate, method_outputs=nnx.Intermediate)(Derived(), 1.0)
+    assert seen == [before]
+
+
+def test_threads_do_not_see_each_others_captures() -> None:
+    mdl, barrier, results = Derived(), threading.Barrier(2), {}
+
+    def wait(mdl: Derived, x: float) -> float:
+        barrier.wait()
+        mdl.sow(nnx.Intermediate, "x", x)
+        barrier.wait()
+        return mdl(x)
+
+    def run(x: float) -> None:
+        results[x] = nnx_bridge.capture(wait, nnx.Intermediate)(mdl, x)[1]["x"].get_value()
+
+    threads = [threading.Thread(target=run, args=(x,)) for x in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {1.0: (1.0,), 2.0: (2.0,)}
+
+
+@pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat, jax.named_call], ids=lambda f: f.__name__)
+def test_transforms_inside_the_context(wrap: Any) -> None:
+    call = wrap(lambda mdl, x: mdl(x))
+    _, sown = nnx_bridge.capture(call, nnx.Intermediate)(block(), X)
+    np.testing.assert_array_equal(sown["input"].get_value()[0], X)
+
+
+def test_the_context_inside_a_gradient_of_a_closed_over_model() -> None:
+    mdl = Derived()
+
+    def loss(x: jax.Array) -> tuple[jax.Array, nnx.State]:
+        return nnx_bridge.capture(mdl, nnx.Intermediate)(x)
+
+    with strict():
+        grad, _ = jax.grad(loss, has_aux=True)(1.0)
+    assert grad == 2.0
+
+
+@pytest.mark.parametrize("capture", [nnx_bridge.capture, nnx.capture])
+def test_a_lifted_transform_inside_records_what_a_plain_call_records(capture: Any) -> None:
+    def transformed(mdl: Block, x: jax.Array) -> Any:
+        return lifted.jvp(lambda mdl, x: mdl(x), mdl, (x,), (x,), {})
+
+    _, expected = nnx.capture(block(), nnx.Intermediate)(X)
+    with strict():
+        _, sown = capture(transformed, nnx.Intermediate)(block(), X)
+    assert_trees_equal(sown, expected)
+
+
+def test_as_a_decorator() -> None:
+    @nnx_bridge.capture(nnx.Intermediate)
+    def forward(mdl: Block, x: jax.Array) -> jax.Array:
+        return mdl(x)
+
+    assert list(forward(block(), X)[1]) == ["input"]
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(TypeError, match="first argument .* must be an nnx.Module, got int"):
+        nnx_bridge.capture(lambda x: x, nnx.Intermediate)(3)

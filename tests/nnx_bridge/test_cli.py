@@ -1,0 +1,92 @@
+"""The command `flaxlift`, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from nnx_bridge._cli import app
+
+MODULE = """
+import itertools
+import numpy as np
+from flax import linen as nn
+
+class Impure(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x) * next(COUNT)
+
+COUNT = itertools.count(1)
+X = np.ones((2, 3), np.float32)
+def dense(): return nn.Dense(3), X
+def impure(): return Impure(), X
+"""
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in a folder with a module of a user."""
+    (tmp_path / "model_of_a_user.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return lambda *args: CliRunner().invoke(app, args)
+
+
+def test_agreement_is_exit_status_0(run: Run) -> None:
+    result = run("check", "model_of_a_user:dense")
+    assert result.exit_code == 0, result.output
+    assert "comparisons agree" in result.stdout
+
+
+def test_disagreement_is_exit_status_1_and_all_targets_are_checked(run: Run) -> None:
+    result = run("check", "model_of_a_user:impure", "model_of_a_user:dense")
+    assert result.exit_code == 1
+    assert "comparisons failed" in result.stdout
+    assert "comparisons agree" in result.stdout
+
+
+def test_what_cannot_be_run_is_exit_status_2_and_an_error_in_plain_words(run: Run) -> None:
+    result = run("check", "model_of_a_user:dens")
+    assert result.exit_code == 2
+    assert "did you mean model_of_a_user:dense?" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def test_the_traceback_is_shown_on_request(run: Run) -> None:
+    assert "Traceback" in run("check", "model_of_a_user:dens", "--traceback").stderr
+
+
+def test_json_goes_to_a_file(run: Run, tmp_path: Path) -> None:
+    run("check", "model_of_a_user:dense", "--json", "report.json")
+    (report,) = json.loads((tmp_path / "report.json").read_text())
+    assert report["agrees"] is True
+
+
+def test_json_on_stdout_is_alone_there(run: Run) -> None:
+    (report,) = json.loads(run("check", "model_of_a_user:dense", "--json", "-").stdout)
+    assert report["name"] == "Dense"
+
+
+def test_a_folder_that_does_not_exist_is_found_before_the_work(run: Run) -> None:
+    result = run("check", "no_such_module:f", "--json", "nowhere/report.json")
+    assert result.exit_code == 2
+    assert "nowhere is no folder" in result.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("flaxlift ")
+
+
+def test_help_shows_a_factory_and_the_exit_status() -> None:
+    text = CliRunner().invoke(app, ["check", "--help"]).output
+    assert "flaxlift check my_model:small" in text
+    assert "Exit status" in text
