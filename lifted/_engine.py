@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import describe, dtype_of, is_array, path_text, suggestion
+from lifted._errors import Path, describe, dtype_of, is_array, path_text, suggestion
 from lifted._functional import Filter, Functional, Updates, Variables, functionalize, is_target
 from lifted._inputs import Inputs
 from lifted._trees import structure
@@ -52,7 +52,7 @@ class Call:
             primals.
         """
         functional = functionalize(mdl, variables=variables, frozen=frozen, rngs=rngs)
-        fn = _unbound(name, fn)
+        fn = _unbound(name, fn, mdl)
         for i, leaf in enumerate(primals):
             if any(map(is_target, jax.tree.leaves(leaf, is_leaf=is_target))):
                 raise TypeError(
@@ -75,7 +75,9 @@ class Call:
 
         def pure(values: Sequence[Any]) -> tuple[Any, tuple[Any, Updates]]:
             variables, primals = inputs.merge(values)
+            before = self.functional.outside()
             out, updates = self.functional(variables, self.fn, *primals)
+            self._check_outside(before, (values, inputs.leaves))
             y, aux = split_aux(self.name, out, self.has_aux)
             check(y)
             return y, (aux, updates)
@@ -106,12 +108,37 @@ class Call:
             validate(functional.variables)
         result, updates = attempt(functional.variables)
         if functional.initializing:
+            complete = functional.extend(functional.variables, updates, True)
+            validate(functional.variables if complete is None else complete)
             extended = functional.extend(functional.variables, updates, selected)
-            validate(functional.variables if extended is None else extended)
             if extended is not None:
                 result, _ = attempt(extended)
         functional.publish(updates)
         return result
+
+    def _check_outside(self, before: list[dict[Path, Any]], inside: Any) -> None:
+        """Checks that ``fn`` wrote nothing of this transform to modules that it closes over.
+
+        Linen itself lets such a tracer pass, to fail where it is used next, if at all.
+        """
+        written = [
+            (path, value)
+            for old, new in zip(before, self.functional.outside(), strict=True)
+            for path, value in new.items()
+            if old.get(path, self) is not value
+        ]
+        if not written:
+            return
+        ours = _traces(inside) - _traces((self.functional.variables, self.primals))
+        for path, value in written:
+            if _traces(value) & ours:
+                self.functional.restore(before)
+                raise ValueError(
+                    f"{self.name}: fn wrote {path_text(path)} of a module that it closes over. The "
+                    "value belongs to this transform and is of no use outside. Put that module "
+                    f"into mdl, which may be a pytree: lifted.{self.name}(fn, (mdl, other), ...) "
+                    "calls fn((mdl, other), ...)."
+                )
 
 
 def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -133,6 +160,11 @@ def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
         )
     y, aux = out
     return y, aux
+
+
+def _traces(tree: Any) -> set[Any]:
+    """The transforms in progress that the arrays of ``tree`` belong to."""
+    return {x._trace for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer)}
 
 
 # What each kind of dtype is called, and what to do about another one.
@@ -224,7 +256,7 @@ def check_selects(call: Call, selected: Filter, argument: str) -> Callable[[Vari
     return check
 
 
-def _unbound(name: str, fn: Any) -> Callable[..., Any]:
+def _unbound(name: str, fn: Any, mdl: Any) -> Callable[..., Any]:
     """``fn`` as a function whose first argument is the target."""
     if isinstance(fn, type):
         raise TypeError(
@@ -238,6 +270,7 @@ def _unbound(name: str, fn: Any) -> Callable[..., Any]:
         )
     if not callable(fn):
         raise TypeError(f"{name}: fn must be callable, got {describe(fn)}.")
-    if inspect.ismethod(fn) and is_target(fn.__self__):
+    # A method of the target, not one of another module that is given the target.
+    if inspect.ismethod(fn) and is_target(mdl) and type(fn.__self__) is type(mdl):
         return fn.__func__
     return fn

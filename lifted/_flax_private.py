@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import module as linen_module
@@ -18,8 +19,20 @@ from flax.linen import transforms as linen_transforms
 
 def module_scopes(module: nn.Module) -> list[Scope]:
     """Scopes of ``module``: first those of modules and variables in its fields, its own last."""
+    _settle(module)
     scopes, _, _ = linen_transforms.get_module_scopes(module)
     return scopes
+
+
+def _settle(module: nn.Module) -> None:
+    """Runs `setup` where it may still change scopes: `nn.share_scope` with modules in fields."""
+    fields = [f.name for f in dataclasses.fields(module) if f.name != "parent" and f.init]
+    held = jax.tree.leaves([getattr(module, name) for name in fields])
+    inner = [x for x in held if isinstance(x, nn.Module) and x.scope is not None]
+    if any(isinstance(x, nn.Module) for x in held):
+        module._try_setup()
+    for x in inner:
+        _settle(x)
 
 
 def rebind(module: nn.Module, scopes: Sequence[Scope], state: Any) -> nn.Module:
@@ -46,7 +59,16 @@ def copy_state(state: Any) -> Any:
     return dataclasses.replace(state, autoname_cursor=dict(state.autoname_cursor), children={})
 
 
-def call_as_method(fn: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
-    """Calls ``fn(module, *args)`` as a method of ``module``: modules made inside become its
-    submodules."""
-    return linen_module.wrap_method_once(fn)(module, *args)
+def current_module() -> nn.Module | None:
+    """The module whose method runs: modules made now become its submodules."""
+    return linen_module._context.module_stack[-1]
+
+
+def call_within(module: nn.Module, body: Callable[[], Any]) -> Any:
+    """Calls ``body`` as if from a method of ``module``, with no call that interceptors see."""
+    module._try_setup()
+    linen_module._context.module_stack.append(module)
+    try:
+        return body()
+    finally:
+        linen_module._context.module_stack.pop()

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lifted._errors import describe
+from lifted._errors import Path, describe
 
 Variables = Any
 Updates = Any
@@ -56,6 +56,13 @@ class Group(Protocol):
 
     def publish(self, updates: Updates) -> None:
         """Writes ``updates`` to the targets."""
+
+    def outside(self) -> dict[Path, Any]:
+        """All that the caller's modules hold and a function could write past the copies that it is
+        given: value by path."""
+
+    def restore(self, outside: dict[Path, Any]) -> None:
+        """Brings what `outside` describes back into that state."""
 
     def match(self, variables: list[Variables], filter: Filter) -> list[Variables]:
         """``variables`` with True at the leaves that ``filter`` selects and False at the others."""
@@ -220,6 +227,15 @@ class Functional:
         """Writes what `__call__` returned as ``updates`` to the target."""
         for group, group_updates in zip(self._groups, updates, strict=True):
             group.publish(group_updates)
+
+    def outside(self) -> list[dict[Path, Any]]:
+        """What ``fn`` could write past the target that it is given, for each kind of target."""
+        return [group.outside() for group in self._groups]
+
+    def restore(self, outside: list[dict[Path, Any]]) -> None:
+        """Undoes what was written since ``outside`` was asked for."""
+        for group, state in zip(self._groups, outside, strict=True):
+            group.restore(state)
 
     def match(self, variables: Variables, filter: Filter) -> Variables:
         """``variables`` with True at the leaves that ``filter`` selects and False at the others."""

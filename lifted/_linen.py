@@ -9,7 +9,6 @@ The variables of a target are the collections of its own scope. Those of a modul
 it stand below the name of the attribute, where they would stand if the target owned that module.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,13 +97,13 @@ class LinenGroup:
             for target, reached, state in zip(self._targets, scopes, self._states, strict=True)
         ]
         try:
-            y = _call(body, copies)
+            y = self._run(body, copies)
             written = [
                 _difference(old, scope.mutable_variables())
                 for old, scope in zip(before, inner, strict=True)
             ]
         finally:
-            for scope in inner:
+            for scope in (*inner, *(scope for reached in scopes for scope in reached)):
                 scope.invalidate()
         states = [None if isinstance(c, Scope) else _flax_private.export_state(c) for c in copies]
         return y, LinenUpdates(written, Static(([scope.rng_counters for scope in inner], states)))
@@ -119,6 +118,24 @@ class LinenGroup:
         for target, state in zip(self._targets, states, strict=True):
             if state is not None:
                 _flax_private.import_state(target, state)
+
+    def outside(self) -> dict[Path, Any]:
+        held: dict[Path, Any] = {}
+        for scope in self._outer_scopes():
+            held.update(_flat(scope.mutable_variables(), ()))
+        return held
+
+    def restore(self, outside: dict[Path, Any]) -> None:
+        for scope in self._outer_scopes():
+            collections = scope.mutable_variables()
+            for path, value in list(_flat(collections, ())):
+                if outside.get(path, _ABSENT) is not value:
+                    _take(collections, path)
+                    if path in outside:
+                        _mount(collections, path, outside[path])
+
+    def _outer_scopes(self) -> list[Scope]:
+        return list({id(r.scope.root): r.scope.root for r in self._roots}.values())
 
     def _collections(self, filter: Filter) -> Filter:
         """``filter`` as a filter of collections: those in which a predicate selects anything."""
@@ -169,6 +186,16 @@ class LinenGroup:
     def names(self, variables: list[Collections]) -> list[str]:
         return sorted({col for tree in variables for col in tree})
 
+    def _run(self, body: Callable[[list[Any]], Any], copies: list[Any]) -> Any:
+        """``body`` on the copies. Modules that it makes belong to the module whose method runs, if
+        that is a target, otherwise to the first target."""
+        modules = [i for i, target in enumerate(self._targets) if isinstance(target, nn.Module)]
+        if not modules:
+            return body(copies)
+        current = _flax_private.current_module()
+        owner = next((i for i in modules if self._targets[i] is current), modules[0])
+        return _flax_private.call_within(copies[owner], lambda: body(copies))
+
     def _open(self, root: _Root, collections: Collections) -> Scope:
         outer = root.scope
         scope = Scope(
@@ -181,7 +208,7 @@ class LinenGroup:
             debug_path=outer.debug_path,
             flags=outer.flags,
         )
-        scope.rng_counters = copy.deepcopy(outer.rng_counters)
+        scope.rng_counters = _thaw(outer.rng_counters)
         return scope
 
     def _by_target(self, by_root: list[Collections]) -> list[Collections]:
@@ -232,13 +259,6 @@ def _check_bound(target: Any) -> None:
         )
 
 
-def _call(body: Callable[[list[Any]], Any], copies: list[Any]) -> Any:
-    for copy_ in copies:
-        if isinstance(copy_, nn.Module):
-            return _flax_private.call_as_method(lambda _: body(copies), copy_)
-    return body(copies)
-
-
 def _find_roots(targets: Sequence[Any], scopes: list[list[Scope]]) -> list[_Root]:
     roots: list[_Root] = []
     reached = [(scope, t) for t, of_target in enumerate(scopes) for scope in of_target]
@@ -247,7 +267,10 @@ def _find_roots(targets: Sequence[Any], scopes: list[list[Scope]]) -> list[_Root
             _same(r.scope, scope) for r in roots
         ):
             continue
-        roots.append(_Root(scope, t, _mount_of(targets[t], scope)))
+        mount = _mount_of(targets[t], scope)
+        if any(root.target == t and root.mount == mount for root in roots):
+            mount = tuple(scope.path)
+        roots.append(_Root(scope, t, mount))
     return roots
 
 
@@ -264,10 +287,10 @@ def _path_below(ancestor: Scope, scope: Scope) -> Path | None:
 
 
 def _descend(inner: list[Scope], roots: list[_Root], scope: Scope) -> Scope:
-    """The inner scope that stands for ``scope``."""
+    """A new inner scope that stands for ``scope``: names may be taken in it as in no other."""
     for root, opened in zip(roots, inner, strict=True):
         if _same(root.scope, scope):
-            return opened
+            return opened.rewound()
     for root, opened in zip(roots, inner, strict=True):
         path = _path_below(root.scope, scope)
         if path is not None:
@@ -304,10 +327,19 @@ def _held(module: nn.Module, path: Path) -> Iterator[tuple[Path, Scope]]:
 
 
 def _thaw(tree: Any) -> Any:
-    """``tree`` in new dictionaries, with the same leaves."""
+    """``tree`` in new dictionaries, with the same keys and leaves."""
     if isinstance(tree, Mapping):
         return {key: _thaw(value) for key, value in tree.items()}
     return tree
+
+
+def _flat(tree: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, Any]]:
+    """The variables in ``tree`` by their paths."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def _mount(collections: Collections, path: Path, values: Any) -> None:

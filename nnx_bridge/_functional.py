@@ -105,6 +105,12 @@ class NNXGroup:
         values = [next(new) if source is None else old[source] for source in sources]
         _flax_private.update_graph(graphdef, treedef.unflatten(values), self._indices)
 
+    def outside(self) -> dict[Path, Any]:
+        return {}  # NNX itself raises where a Variable is written in another trace.
+
+    def restore(self, outside: dict[Path, Any]) -> None:
+        pass
+
     def match(self, variables: list[Any], filter: Filter) -> list[Any]:
         predicate = to_predicate(filter)
         flat = self._flat(variables)

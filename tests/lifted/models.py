@@ -16,7 +16,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(self.out)(jnp.tanh(nn.Dense(self.width)(x)))
+        x = jnp.tanh(nn.Dense(self.width)(x))
+        return nn.Dense(self.out)(x)
 
 
 class Norm(nn.Module):

@@ -14,49 +14,23 @@ import lifted
 from tests.helpers import assert_trees_close, assert_trees_equal, call, initialized, normal, strict
 from tests.helpers import total as _total
 from tests.lifted import models
+from tests.lifted.transforms import every_transform
 
 X = normal(4, 3)
 
 
-def _vector(mdl: nn.Module, x: jax.Array) -> jax.Array:
-    return mdl(x).reshape(-1)[:2]
-
-
-def _linearized(mdl: nn.Module, x: jax.Array) -> Any:
-    y, f_jvp = lifted.linearize(call, mdl, x, grad_variables="params")
-    return y, f_jvp({"params": {}}, jnp.ones_like(x))
-
-
-def _vjp(mdl: nn.Module, x: jax.Array) -> Any:
-    y, bwd = lifted.vjp(call, mdl, x)
-    return y, bwd(y)
-
-
-# Each transform as it stands inside a method: a function of a module and an input.
-TRANSFORMS: dict[str, Callable[..., Any]] = {
-    "grad": lambda mdl, x: lifted.grad(_total, mdl, x, grad_variables="params"),
-    "value_and_grad": lambda mdl, x: lifted.value_and_grad(_total, mdl, x),
-    "vjp": _vjp,
-    "jvp": lambda mdl, x: lifted.jvp(call, mdl, (x,), (jnp.ones_like(x),), {}),
-    "linearize": _linearized,
-    "jacfwd": lambda mdl, x: lifted.jacfwd(_vector, mdl, x),
-    "jacrev": lambda mdl, x: lifted.jacrev(_vector, mdl, x, grad_variables="params"),
-    "hessian": lambda mdl, x: lifted.hessian(_vector, mdl, x),
-    "hvp": lambda mdl, x: lifted.hvp(_total, mdl, (x,), (jnp.ones_like(x),)),
-}
 WRITERS: dict[str, tuple[nn.Module, list[str]]] = {
     "batch_norm": (models.Norm(), ["batch_stats"]),
     "sow": (models.Sower(), ["intermediates"]),
     "state": (models.Counter(), ["state"]),
 }
-all_transforms = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 
 
 def _apply(fn: Callable[..., Any], module: nn.Module, variables: Any, mutable: Any) -> Any:
     return nn.apply(fn, module, mutable=mutable)(variables, X)
 
 
-@all_transforms
+@every_transform
 @pytest.mark.parametrize("writer", WRITERS)
 def test_the_writes_are_those_of_a_plain_call(writer: str, transform: Callable[..., Any]) -> None:
     module, mutable = WRITERS[writer]
@@ -68,7 +42,7 @@ def test_the_writes_are_those_of_a_plain_call(writer: str, transform: Callable[.
     assert_trees_close(updates, plain)
 
 
-@all_transforms
+@every_transform
 def test_the_writes_are_primal_values(transform: Callable[..., Any]) -> None:
     module, mutable = WRITERS["batch_norm"]
     _, updates = _apply(transform, module, initialized(module, X), mutable)
