@@ -7,7 +7,8 @@ and variables, and write what ``fn`` wrote.
 
 from lifted._forward import jvp, linearize
 from lifted._functional import Functional, functionalize
-from lifted._jacobian import hessian, hvp, jacfwd, jacrev
+from lifted._hvp import hvp
+from lifted._jacobian import hessian, jacfwd, jacrev
 from lifted._linen import LinenGroup as _LinenGroup  # noqa: F401  (registers Linen)
 from lifted._reverse import grad, value_and_grad, vjp
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import Path, describe, dtype_of, is_array, path_text, suggestion
-from lifted._functional import Filter, Functional, Updates, Variables, functionalize, is_target
+from lifted._closures import watched
+from lifted._errors import describe, dtype_of, is_array, path_text, suggestion
+from lifted._functional import Functional, functionalize
+from lifted._group import Filter, Updates, Variables, is_target
 from lifted._inputs import Inputs
 from lifted._trees import structure
 
@@ -57,8 +59,7 @@ class Call:
             if any(map(is_target, jax.tree.leaves(leaf, is_leaf=is_target))):
                 raise TypeError(
                     f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be "
-                    "a pytree: "
-                    f"lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
+                    f"a pytree: lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
                 )
         return cls(name, fn, functional, tuple(primals), has_aux)
 
@@ -75,9 +76,9 @@ class Call:
 
         def pure(values: Sequence[Any]) -> tuple[Any, tuple[Any, Updates]]:
             variables, primals = inputs.merge(values)
-            before = self.functional.outside()
-            out, updates = self.functional(variables, self.fn, *primals)
-            self._check_outside(before, (values, inputs.leaves))
+            held = self.functional.variables, self.primals
+            with watched(self.name, self.functional, (values, inputs.leaves), held):
+                out, updates = self.functional(variables, self.fn, *primals)
             y, aux = split_aux(self.name, out, self.has_aux)
             check(y)
             return y, (aux, updates)
@@ -116,30 +117,6 @@ class Call:
         functional.publish(updates)
         return result
 
-    def _check_outside(self, before: list[dict[Path, Any]], inside: Any) -> None:
-        """Checks that ``fn`` wrote nothing of this transform to modules that it closes over.
-
-        Linen itself lets such a tracer pass, to fail where it is used next, if at all.
-        """
-        written = [
-            (path, value)
-            for old, new in zip(before, self.functional.outside(), strict=True)
-            for path, value in new.items()
-            if old.get(path, self) is not value
-        ]
-        if not written:
-            return
-        ours = _traces(inside) - _traces((self.functional.variables, self.primals))
-        for path, value in written:
-            if _traces(value) & ours:
-                self.functional.restore(before)
-                raise ValueError(
-                    f"{self.name}: fn wrote {path_text(path)} of a module that it closes over. The "
-                    "value belongs to this transform and is of no use outside. Put that module "
-                    f"into mdl, which may be a pytree: lifted.{self.name}(fn, (mdl, other), ...) "
-                    "calls fn((mdl, other), ...)."
-                )
-
 
 def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
     """The output of ``fn`` and its ``aux``, None without one.
@@ -160,11 +137,6 @@ def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
         )
     y, aux = out
     return y, aux
-
-
-def _traces(tree: Any) -> set[Any]:
-    """The transforms in progress that the arrays of ``tree`` belong to."""
-    return {x._trace for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer)}
 
 
 # What each kind of dtype is called, and what to do about another one.
@@ -216,9 +188,9 @@ def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
     def check(y: Any) -> None:
         if structure(y) != structure(0):
             raise TypeError(
-                f"{name}: fn must return a scalar, got {structure(y)}. For a pair "
-                "(output, aux) pass "
-                "has_aux=True; for outputs that are not scalar use lifted.vjp or lifted.jacrev."
+                f"{name}: fn must return a scalar, got {structure(y)}. For a pair (output, aux) "
+                "pass has_aux=True; for outputs that are not scalar use lifted.vjp or "
+                "lifted.jacrev."
             )
         kind = "complex" if holomorphic else "real"
         if not is_array(y):
@@ -226,8 +198,7 @@ def check_scalar(name: str, holomorphic: bool) -> Callable[[Any], None]:
         if np.shape(y) != ():
             raise ValueError(
                 f"{name}: fn must return a scalar, got {describe(y)}. Reduce it, for example with "
-                ".sum(), or use "
-                "lifted.vjp or lifted.jacrev."
+                ".sum(), or use lifted.vjp or lifted.jacrev."
             )
         dtype = dtype_of(y)
         if not jnp.issubdtype(dtype, np.complexfloating if holomorphic else np.floating):
@@ -261,8 +232,7 @@ def _unbound(name: str, fn: Any, mdl: Any) -> Callable[..., Any]:
     if isinstance(fn, type):
         raise TypeError(
             f"{name}: fn is the class {fn.__name__}; pass a function of an instance and the "
-            "primals, such as "
-            f"lambda mdl, x: mdl(x), and the instance as mdl."
+            "primals, such as lambda mdl, x: mdl(x), and the instance as mdl."
         )
     if is_target(fn):
         raise TypeError(

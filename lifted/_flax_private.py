@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.core.scope import Scope
+from flax.core.scope import Scope, in_filter
 from flax.linen import module as linen_module
 from flax.linen import transforms as linen_transforms
 
@@ -57,6 +57,14 @@ def import_state(module: nn.Module, state: Any) -> None:
 def copy_state(state: Any) -> Any:
     """A state that a call may advance without advancing ``state``."""
     return dataclasses.replace(state, autoname_cursor=dict(state.autoname_cursor), children={})
+
+
+def live_collections(scope: Scope) -> dict[str, Any]:
+    """The dictionaries that ``scope``, a root, may write to; `Scope.mutable_variables` may be a
+    copy of them."""
+    return {
+        name: values for name, values in scope._variables.items() if in_filter(scope.mutable, name)
+    }
 
 
 def current_module() -> nn.Module | None:

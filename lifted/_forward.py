@@ -10,7 +10,8 @@ import numpy as np
 
 from lifted._engine import Call, check_selects
 from lifted._errors import describe
-from lifted._functional import Filter, Functional, Structure, Updates, Variables, is_target
+from lifted._functional import Functional, Structure
+from lifted._group import Filter, Updates, Variables, is_target
 from lifted._inputs import Inputs, Layout, Selection, is_differentiable, zeros_float0
 from lifted._tangents import match_tangents
 from lifted._trees import structure
@@ -36,14 +37,13 @@ class Direction:
             if not isinstance(value, (tuple, list)):
                 raise TypeError(
                     f"{name}: {argument}: expected a tuple or a list with one entry for each "
-                    "argument of fn, got "
-                    f"{describe(value)}; for a single argument write ({argument[:-1]},)."
+                    f"argument of fn, got {describe(value)}; for a single argument write "
+                    f"({argument[:-1]},)."
                 )
         if len(primals) != len(tangents):
             raise ValueError(
                 f"{name}: tangents: expected one for each of {len(primals)} primals, got "
-                f"{len(tangents)}; give None for "
-                "a primal that is held."
+                f"{len(tangents)}; give None for a primal that is held."
             )
         return cls(tuple(primals), tuple(tangents), variable_tangents)
 
@@ -99,23 +99,22 @@ def jvp(
 
     Args:
       fn: function ``fn(mdl, *primals)`` that returns a pytree of arrays, or a pair ``(pytree,
-      aux)``.
+        aux)``.
       mdl: a bound Linen module, a `flax.core.Scope`, an NNX module, or a pytree of these.
       primals: tuple or list of pytrees of arrays.
       tangents: tuple or list of as many tangents, each of the structure, shapes and dtypes of its
-      primal.
+        primal.
       variable_tangents: ``{collection: tangents}``, or, where ``mdl`` is a pytree, a pytree of
-      these; on NNX modules
-        also an `nnx.State` or a pytree of the module's form. A value in a box, such as
-        `nn.Partitioned`, takes a tangent in a box or without one. Anything may be left out or None
-        here and in ``tangents``: that is zero, and not differentiated at all. Integers, booleans
-        and keys need no tangent.
+        these; on NNX modules also an `nnx.State` or a pytree of the module's form. A value in a
+        box, such as `nn.Partitioned`, takes a tangent in a box or without one. Anything may be left
+        out or None here and in ``tangents``: that is zero, and not differentiated at all. Integers,
+        booleans and keys need no tangent.
       variables: filter of the variables that are visible to ``fn`` besides these, and may be
-      updated by it.
+        updated by it.
       rngs: filter of the RNG streams that are visible to ``fn``.
       has_aux: whether ``fn`` returns a pair, of which the second element is returned as it is.
       return_variable_tangents: whether the tangents of the variables that ``fn`` wrote are
-      returned.
+        returned.
 
     Returns:
       ``(y, y_dot)``, where ``y_dot`` has the structure and shapes of ``y``; then ``aux`` with
@@ -124,8 +123,7 @@ def jvp(
 
     Raises:
       TypeError: ``primals`` or ``tangents`` is no sequence; a tangent of another structure or dtype
-      than its value, or
-        one other than zero for what cannot be differentiated.
+        than its value, or one other than zero for what cannot be differentiated.
       ValueError: a tangent for an unknown variable, or of another shape; a module is not bound.
 
     Example:
@@ -199,14 +197,14 @@ def linearize(
 
     Args:
       fn: function ``fn(mdl, *primals)`` that returns a pytree of arrays, or a pair ``(pytree,
-      aux)``.
+        aux)``.
       mdl: a bound Linen module, a `flax.core.Scope`, an NNX module, or a pytree of these.
       *primals: pytrees of arrays.
       has_aux: whether ``fn`` returns a pair, of which the second element is returned as it is.
       variables: filter of the variables that are visible to ``fn`` and may be updated by it.
       rngs: filter of the RNG streams that are visible to ``fn``.
       grad_variables: filter of the variables that the approximation is a function of, as of
-      `value_and_grad`.
+        `value_and_grad`.
 
     Returns:
       ``(y, f_jvp)``, or ``(y, f_jvp, aux)`` with ``has_aux``. ``f_jvp(*tangents)``, or
@@ -265,8 +263,8 @@ class _Pushforward:
         if len(tangents) != len(values):
             form = "variable_tangents, *tangents" if self.structure else "*tangents"
             raise TypeError(
-                f"f_jvp({form}): expected {len(values)} arguments, got {len(tangents)}; None "
-                "means zero."
+                f"f_jvp({form}): expected {len(values)} arguments, got {len(tangents)}; None means "
+                "zero."
             )
         given = list(tangents)
         paths: list[Any] = [("tangents", i) for i in range(len(given))]

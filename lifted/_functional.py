@@ -5,120 +5,28 @@ module. `functionalize` takes a target or a pytree of targets and gives a `Funct
 transforms of this package stand:
 
     functional = functionalize(mdl)
-    y, updates = functional(functional.variables, fn, *args)   # pure: may be traced, transformed,
-    called again functional.publish(updates)                                # the one place where
-    the caller's target is written
+    y, updates = functional(functional.variables, fn, *args)  # pure: may be traced, transformed
+    functional.publish(updates)  # the one place where the caller's target is written
 
-Each kind of target has a `Group` class that does this for all targets of its kind in one call, so
-that what they share is found. Kinds register with `register_group`; those of other packages are
-found through the entry points ``lifted.groups`` the first time that a target of unknown type is
-seen. This package knows Linen only.
+What differs between kinds of targets is in their groups; see `lifted._group`.
 """
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from lifted._errors import Path, describe
-
-Variables = Any
-Updates = Any
-Filter = Any
-
-
-class Group(Protocol):
-    """All targets of one kind in one call. ``variables`` are lists with one pytree for each
-    target."""
-
-    variables: list[Variables]
-    initializing: bool
-
-    def __init__(
-        self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
-    ) -> None:
-        """Reads the targets, writes nothing.
-
-        Args:
-          targets: the targets, bound.
-          variables: filter of the variables that are visible and may be updated.
-          frozen: filter of further variables that are visible but may not be updated.
-          rngs: filter of the RNG streams that are visible.
-        """
-
-    def __call__(
-        self, variables: list[Variables], body: Callable[[list[Any]], Any]
-    ) -> tuple[Any, Updates]:
-        """Result of ``body`` on copies of the targets that hold ``variables``, and what it
-        wrote."""
-
-    def publish(self, updates: Updates) -> None:
-        """Writes ``updates`` to the targets."""
-
-    def outside(self) -> dict[Path, Any]:
-        """All that the caller's modules hold and a function could write past the copies that it is
-        given: value by path."""
-
-    def restore(self, outside: dict[Path, Any]) -> None:
-        """Brings what `outside` describes back into that state."""
-
-    def match(self, variables: list[Variables], filter: Filter) -> list[Variables]:
-        """``variables`` with True at the leaves that ``filter`` selects and False at the others."""
-
-    def prune(self, tree: list[Variables], mask: list[Variables]) -> list[Variables]:
-        """``tree`` without the variables that ``mask`` has as False throughout."""
-
-    def extend(
-        self, variables: list[Variables], updates: Updates, filter: Filter
-    ) -> list[Variables] | None:
-        """``variables`` with those that ``updates`` created and ``filter`` selects; None where
-        there are none."""
-
-    def written(self, updates: Updates) -> list[Variables]:
-        """The variables among ``updates``, to differentiate them."""
-
-    @staticmethod
-    def as_variables(tangents: Sequence[Any], variables: Sequence[Variables]) -> list[Any]:
-        """Tangents of ``variables``, given in any form that the user may choose, in the form of
-        ``variables``."""
-
-    def per_scope(self, tree: list[Variables]) -> list[Variables]:
-        """``tree`` as one tree for each scope, as Linen's ``multi_scope`` has it."""
-
-    def names(self, variables: list[Variables]) -> list[str]:
-        """What a filter can name, for messages."""
-
-
-_groups: list[tuple[Callable[[Any], bool], type[Group]]] = []
-_entry_points_loaded = False
-
-
-def register_group(is_target: Callable[[Any], bool], group: type[Group]) -> None:
-    """Makes the objects for which ``is_target`` holds targets that ``group`` functionalises."""
-    _groups.append((is_target, group))
-
-
-def group_of(x: Any) -> type[Group] | None:
-    """The class that functionalises ``x``, None where ``x`` is no target."""
-    for is_target, group in _groups:
-        if is_target(x):
-            return group
-    return None
-
-
-def _load_entry_points() -> None:
-    global _entry_points_loaded
-    if not _entry_points_loaded:
-        _entry_points_loaded = True
-        for entry_point in importlib.metadata.entry_points(group="lifted.groups"):
-            entry_point.load()
-
-
-def is_target(x: Any) -> bool:
-    """Whether ``x`` is a module or a scope of a known kind."""
-    return group_of(x) is not None
+from lifted._group import (
+    Filter,
+    Group,
+    Updates,
+    Variables,
+    group_of,
+    is_target,
+    load_entry_points,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +71,8 @@ class Structure:
         except (ValueError, TypeError):
             raise TypeError(
                 "variable_tangents: expected the structure of mdl, with the tangents of each "
-                "target at its place and "
-                f"None where all are zero: {self.treedef}; got {jax.tree.structure(tangents)}."
+                f"target at its place and None where all are zero: {self.treedef}; got "
+                f"{jax.tree.structure(tangents)}."
             ) from None
         both = zip(self.groups, split, self.split(variables), strict=True)
         return self.join(kind.as_variables(part, values) for (kind, _), part, values in both)
@@ -176,9 +84,8 @@ class Functional:
 
     Attributes:
       variables: the variables of the target; for a pytree of targets a pytree of the same structure
-      with the variables
-        of each target at its place. A variable that several targets share stands at the first place
-        only.
+        with the variables of each target at its place. A variable that several targets share stands
+        at the first place only.
       structure: the structure of the pytree of targets.
       initializing: whether variables that do not exist may be created, as inside Linen's ``init``.
     """
@@ -292,8 +199,7 @@ def _kind(target: Any, mdl: Any) -> type[Group]:
         where = "" if target is mdl else f" in {type(mdl).__name__}"
         raise TypeError(
             "mdl: expected a bound Linen module, a flax.core.Scope, an NNX module or a pytree of "
-            "these, got "
-            f"{target if isinstance(target, type) else describe(target)}{where}."
+            f"these, got {target if isinstance(target, type) else describe(target)}{where}."
             + (
                 f" Make an instance of it: {target.__name__}(...)."
                 if isinstance(target, type)
@@ -314,9 +220,8 @@ def functionalize(
     Args:
       mdl: a bound Linen module, a `flax.core.Scope`, an NNX module, or a pytree of these.
       variables: filter of the variables that are visible to the function and may be updated by it;
-      what it leaves out
-        is not visible inside. For Linen a collection filter: a bool, a name, names, or a
-        ``DenyList``.
+        what it leaves out is not visible inside. For Linen a collection filter: a bool, a name,
+        names, or a ``DenyList``.
       frozen: filter of further variables that are visible but may not be updated.
       rngs: filter of the RNG streams that are visible.
 
@@ -340,7 +245,7 @@ def functionalize(
     """
     leaves = jax.tree.leaves(mdl, is_leaf=is_target)
     if not leaves or not all(map(is_target, leaves)):
-        _load_entry_points()
+        load_entry_points()
     if not jax.tree.leaves(mdl, is_leaf=is_target):
         raise TypeError(
             f"mdl: expected a module, a scope or a pytree of these, got {mdl!r}, which has none."

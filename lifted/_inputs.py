@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lifted._errors import Path, dtype_of, key_of
-from lifted._functional import Filter, Functional, Variables
+from lifted._functional import Functional
+from lifted._group import Filter, Variables
 
 
 def is_differentiable(x: Any) -> bool:
@@ -90,7 +91,7 @@ class Selection:
     Attributes:
       variables: filter of the variables; None where the result has no part for them.
       argnums: indices of the primals; None for all of them, an int for one that is returned bare,
-      as in JAX.
+        as in JAX.
       per_scope: whether the part of the variables is a list with one tree for each scope.
     """
 
@@ -121,8 +122,8 @@ class Selection:
                 )
             if not -len(primals) <= i < len(primals):
                 raise ValueError(
-                    f"{name}: argnums={argnums!r}: there are {len(primals)} primals, counted "
-                    "from 0."
+                    f"{name}: argnums={argnums!r}: there are {len(primals)} primals, counted from "
+                    "0."
                 )
         if variables is False and not indices:
             raise ValueError(
@@ -176,7 +177,7 @@ class Layout:
     Attributes:
       treedef: structure of the result.
       sources: for each leaf of the result its position among the differentiated leaves, None for a
-      held one.
+        held one.
       avals: for each leaf of the result the shape and dtype of its value.
     """
 

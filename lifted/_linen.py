@@ -11,8 +11,8 @@ it stand below the name of the attribute, where they would stand if the target o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
@@ -21,10 +21,22 @@ from flax.errors import InvalidFilterError
 
 from lifted import _flax_private
 from lifted._errors import Path, key_of
-from lifted._functional import Filter, register_group
-from lifted._trees import Static, identical
-
-Collections = dict[str, Any]
+from lifted._group import Filter, register_group
+from lifted._nested import (
+    ABSENT,
+    Collections,
+    advance,
+    difference,
+    flat,
+    mount,
+    prune,
+    put_back,
+    put_new,
+    take,
+    thaw,
+)
+from lifted._scopes import Root, descend, find_roots
+from lifted._trees import Static
 
 
 @jax.tree_util.register_dataclass
@@ -35,16 +47,6 @@ class LinenUpdates:
 
     variables: list[Collections]
     static: Static
-
-
-@dataclasses.dataclass(frozen=True)
-class _Root:
-    """A scope that is functionalised, and the place of its variables: in which target, below which
-    path."""
-
-    scope: Scope
-    target: int
-    mount: Path
 
 
 class LinenGroup:
@@ -59,7 +61,7 @@ class LinenGroup:
         self._scopes = [
             [t] if isinstance(t, Scope) else _flax_private.module_scopes(t) for t in targets
         ]
-        self._roots = _find_roots(targets, self._scopes)
+        self._roots = find_roots(targets, self._scopes)
         self._states = [
             None if isinstance(t, Scope) else _flax_private.export_state(t) for t in targets
         ]
@@ -70,11 +72,7 @@ class LinenGroup:
         self._writable = visible if self.initializing else variables
         self.variables = self._by_target(
             [
-                {
-                    col: values
-                    for col, values in root.scope.variables().items()
-                    if in_filter(visible, col)
-                }
+                {c: values for c, values in root.scope.variables().items() if in_filter(visible, c)}
                 for root in self._roots
             ]
         )
@@ -84,11 +82,11 @@ class LinenGroup:
     ) -> tuple[Any, LinenUpdates]:
         before = self._by_root(variables)
         inner = [
-            self._open(root, _thaw(collections))
+            self._open(root, thaw(collections))
             for root, collections in zip(self._roots, before, strict=True)
         ]
         scopes = [
-            [_descend(inner, self._roots, scope) for scope in reached] for reached in self._scopes
+            [descend(inner, self._roots, scope) for scope in reached] for reached in self._scopes
         ]
         copies = [
             reached[-1]
@@ -99,7 +97,7 @@ class LinenGroup:
         try:
             y = self._run(body, copies)
             written = [
-                _difference(old, scope.mutable_variables())
+                difference(old, scope.mutable_variables())
                 for old, scope in zip(before, inner, strict=True)
             ]
         finally:
@@ -114,36 +112,37 @@ class LinenGroup:
             for col, values in collections.items():
                 for name, value in values.items():
                     root.scope.put_variable(col, name, value)
-            _advance(root.scope.rng_counters, ended)
+            advance(root.scope.rng_counters, ended)
         for target, state in zip(self._targets, states, strict=True):
             if state is not None:
                 _flax_private.import_state(target, state)
 
     def outside(self) -> dict[Path, Any]:
         held: dict[Path, Any] = {}
-        for scope in self._outer_scopes():
-            held.update(_flat(scope.mutable_variables(), ()))
+        for collections in self._outer_collections():
+            held.update(flat(collections, ()))
         return held
 
     def restore(self, outside: dict[Path, Any]) -> None:
-        for scope in self._outer_scopes():
-            collections = scope.mutable_variables()
-            for path, value in list(_flat(collections, ())):
-                if outside.get(path, _ABSENT) is not value:
-                    _take(collections, path)
-                    if path in outside:
-                        _mount(collections, path, outside[path])
+        for collections in self._outer_collections():
+            for path, value in list(flat(collections, ())):
+                if outside.get(path, ABSENT) is not value:
+                    put_back(collections, path, outside.get(path, ABSENT))
 
-    def _outer_scopes(self) -> list[Scope]:
-        return list({id(r.scope.root): r.scope.root for r in self._roots}.values())
+    def _outer_collections(self) -> list[Collections]:
+        """The collections, of the whole models that the targets belong to, that may be written."""
+        models = {id(root.scope.root): root.scope.root for root in self._roots}
+        return [_flax_private.live_collections(scope) for scope in models.values()]
 
     def _collections(self, filter: Filter) -> Filter:
         """``filter`` as a filter of collections: those in which a predicate selects anything."""
         if isinstance(filter, (list, tuple)) and not all(isinstance(f, str) for f in filter):
-            return functools.reduce(union_filters, map(self._collections, filter), False)
+            return functools.reduce(
+                union_filters, map(self._collections, filter), cast(Filter, False)
+            )
         if not callable(filter):
             return _checked(filter)
-        trees = self._by_target([root.scope.variables() for root in self._roots])
+        trees = self._by_target([dict(root.scope.variables()) for root in self._roots])
         masks = self.match(trees, filter)
         return {col for mask in masks for col in mask if any(jax.tree.leaves(mask[col]))}
 
@@ -162,15 +161,15 @@ class LinenGroup:
         ]
 
     def prune(self, tree: list[Collections], mask: list[Collections]) -> list[Collections]:
-        return [_prune(t, m) for t, m in zip(tree, mask, strict=True)]
+        return [prune(t, m) for t, m in zip(tree, mask, strict=True)]
 
     def extend(
         self, variables: list[Collections], updates: LinenUpdates, filter: Filter
     ) -> list[Collections] | None:
         written = self.written(updates)
         selected = self.prune(written, self.match(written, filter))
-        extended = [_thaw(tree) for tree in variables]
-        added = [_put_new(tree, new) for tree, new in zip(extended, selected, strict=True)]
+        extended = [thaw(tree) for tree in variables]
+        added = [put_new(tree, new) for tree, new in zip(extended, selected, strict=True)]
         return extended if any(added) else None
 
     def written(self, updates: LinenUpdates) -> list[Collections]:
@@ -196,7 +195,7 @@ class LinenGroup:
         owner = next((i for i in modules if self._targets[i] is current), modules[0])
         return _flax_private.call_within(copies[owner], lambda: body(copies))
 
-    def _open(self, root: _Root, collections: Collections) -> Scope:
+    def _open(self, root: Root, collections: Collections) -> Scope:
         outer = root.scope
         scope = Scope(
             collections,
@@ -208,26 +207,26 @@ class LinenGroup:
             debug_path=outer.debug_path,
             flags=outer.flags,
         )
-        scope.rng_counters = _thaw(outer.rng_counters)
+        scope.rng_counters = thaw(outer.rng_counters)
         return scope
 
     def _by_target(self, by_root: list[Collections]) -> list[Collections]:
         trees: list[Collections] = [{} for _ in self._targets]
         for root, collections in zip(self._roots, by_root, strict=True):
             for col, values in collections.items():
-                _mount(trees[root.target], (col, *root.mount), values)
+                mount(trees[root.target], (col, *root.mount), values)
         return trees
 
     def _by_root(self, variables: list[Collections]) -> list[Collections]:
         """The variables of each root, in dictionaries of their own."""
-        rest = [_thaw(tree) for tree in variables]
+        rest = [thaw(tree) for tree in variables]
         roots: dict[int, Collections] = {}
         # What is mounted stands inside the variables of another root, so the deepest is taken out
         # first.
         for i in sorted(range(len(self._roots)), key=lambda i: -len(self._roots[i].mount)):
             root = self._roots[i]
             taken = {
-                col: _take(rest[root.target], (col, *root.mount)) for col in list(rest[root.target])
+                col: take(rest[root.target], (col, *root.mount)) for col in list(rest[root.target])
             }
             roots[i] = {col: values for col, values in taken.items() if values is not None}
         return [roots[i] for i in range(len(self._roots))]
@@ -253,162 +252,10 @@ def _checked(filter: Filter) -> Filter:
 def _check_bound(target: Any) -> None:
     if isinstance(target, nn.Module) and target.scope is None:
         raise ValueError(
-            f"mdl: {type(target).__name__} is not bound to variables. Call this inside a method "
-            "of a module that owns "
-            "it, or give it variables first: mdl.bind(variables, rngs=..., mutable=...)."
+            f"mdl: {type(target).__name__} is not bound to variables. Call this inside a method of "
+            "a module that owns it, or give it variables first: mdl.bind(variables, rngs=..., "
+            "mutable=...)."
         )
-
-
-def _find_roots(targets: Sequence[Any], scopes: list[list[Scope]]) -> list[_Root]:
-    roots: list[_Root] = []
-    reached = [(scope, t) for t, of_target in enumerate(scopes) for scope in of_target]
-    for scope, t in reached:
-        if any(_path_below(other, scope) for other, _ in reached) or any(
-            _same(r.scope, scope) for r in roots
-        ):
-            continue
-        mount = _mount_of(targets[t], scope)
-        if any(root.target == t and root.mount == mount for root in roots):
-            mount = tuple(scope.path)
-        roots.append(_Root(scope, t, mount))
-    return roots
-
-
-def _same(scope: Scope, other: Scope) -> bool:
-    return scope.root is other.root and scope.path == other.path
-
-
-def _path_below(ancestor: Scope, scope: Scope) -> Path | None:
-    """Path from ``ancestor`` to a scope strictly below it, None for any other scope."""
-    n = len(ancestor.path)
-    if scope.root is ancestor.root and len(scope.path) > n and scope.path[:n] == ancestor.path:
-        return tuple(scope.path[n:])
-    return None
-
-
-def _descend(inner: list[Scope], roots: list[_Root], scope: Scope) -> Scope:
-    """A new inner scope that stands for ``scope``: names may be taken in it as in no other."""
-    for root, opened in zip(roots, inner, strict=True):
-        if _same(root.scope, scope):
-            return opened.rewound()
-    for root, opened in zip(roots, inner, strict=True):
-        path = _path_below(root.scope, scope)
-        if path is not None:
-            for name in path:
-                opened = opened.push(name, reuse=True)
-            return opened
-    raise AssertionError(f"no root for the scope at {scope.path_text}")
-
-
-def _mount_of(target: Any, scope: Scope) -> Path:
-    """Where the variables of ``scope`` stand in those of ``target``: below the attribute that holds
-    their module."""
-    if isinstance(target, Scope) or _same(target.scope, scope):
-        return ()
-    return next((path for path, held in _held(target, ()) if _same(held, scope)), tuple(scope.path))
-
-
-def _held(module: nn.Module, path: Path) -> Iterator[tuple[Path, Scope]]:
-    """Scopes of modules and variables in the fields of ``module``, named as Linen names submodules
-    in containers."""
-    for field in dataclasses.fields(module):
-        if field.name == "parent" or not field.init:
-            continue
-        value = getattr(module, field.name)
-        for entries, leaf in jax.tree_util.tree_leaves_with_path(value):
-            scope = (
-                getattr(leaf, "scope", None) if isinstance(leaf, (nn.Module, nn.Variable)) else None
-            )
-            if scope is not None:
-                name = "_".join([field.name, *(str(key_of(entry)) for entry in entries)])
-                yield (*path, name), scope
-                if isinstance(leaf, nn.Module):
-                    yield from _held(leaf, (*path, name))
-
-
-def _thaw(tree: Any) -> Any:
-    """``tree`` in new dictionaries, with the same keys and leaves."""
-    if isinstance(tree, Mapping):
-        return {key: _thaw(value) for key, value in tree.items()}
-    return tree
-
-
-def _flat(tree: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, Any]]:
-    """The variables in ``tree`` by their paths."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _mount(collections: Collections, path: Path, values: Any) -> None:
-    """Puts ``values`` at ``path``, beside what stands there."""
-    *parents, last = path
-    for key in parents:
-        collections[key] = _thaw(collections.get(key, {}))
-        collections = collections[key]
-    here = collections.get(last)
-    collections[last] = {**_thaw(here), **values} if here else values
-
-
-def _take(collections: Collections, path: Path) -> Any:
-    """Removes and returns what stands at ``path``; None where nothing does."""
-    *parents, last = path
-    for key in parents:
-        collections = collections.get(key, {})
-    return collections.pop(last, None)
-
-
-_ABSENT = object()
-
-
-def _difference(old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of ``new`` that are not the same objects in ``old``."""
-    changed = {}
-    for key, value in new.items():
-        before = old.get(key, _ABSENT) if isinstance(old, Mapping) else _ABSENT
-        if isinstance(value, Mapping):
-            inner = _difference(before, value)
-            if inner or before is _ABSENT:
-                changed[key] = inner
-        elif before is _ABSENT or not identical(before, value):
-            changed[key] = value
-    return changed
-
-
-def _prune(tree: Any, mask: Any) -> Any:
-    """``tree`` without the entries of dictionaries whose mask is False throughout."""
-    if not isinstance(tree, Mapping):
-        return tree
-    kept = {
-        key: _prune(value, mask[key])
-        for key, value in tree.items()
-        if any(jax.tree.leaves(mask[key]))
-    }
-    return kept if len(kept) < len(tree) or any(kept[k] is not tree[k] for k in tree) else tree
-
-
-def _put_new(old: Any, new: Mapping[str, Any]) -> bool:
-    """Adds to ``old`` the variables of ``new`` that it lacks; whether there were any."""
-    added = False
-    for key, value in new.items():
-        if key not in old:
-            old[key] = value
-            added = True
-        elif isinstance(value, Mapping):
-            added |= _put_new(old[key], value)
-    return added
-
-
-def _advance(counters: dict[Any, Any], ended: dict[Any, Any]) -> None:
-    """Brings RNG counters to where a copy of them ended; in place, since scopes below hold parts of
-    them."""
-    for key, value in ended.items():
-        if isinstance(value, dict):
-            _advance(counters.setdefault(key, {}), value)
-        else:
-            counters[key] = value
 
 
 register_group(lambda x: isinstance(x, (nn.Module, Scope)), LinenGroup)

@@ -34,8 +34,7 @@ def axis_names(name: str, axes: Any) -> tuple[Any, ...]:
         except NameError:
             raise ValueError(
                 f"{name}: reduce_axes={tuple(axes)!r}: no axis {axis!r} is mapped here. Call this "
-                "inside "
-                f"jax.vmap(..., axis_name={axis!r}) or a jax.shard_map over it."
+                f"inside jax.vmap(..., axis_name={axis!r}) or a jax.shard_map over it."
             ) from None
     return tuple(axes)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lifted._engine import Call, check_inputs, check_scalar, check_selects
-from lifted._functional import Filter, Updates, Variables
+from lifted._group import Filter, Updates, Variables
 from lifted._inputs import Layout, Selection, zeros_like_aval
 from lifted._reduce import axis_names, psum_broadcast
 from lifted._tangents import match_tangents
@@ -34,19 +34,17 @@ def value_and_grad(
     Args:
       fn: function ``fn(mdl, *primals)`` that returns a real scalar, or a pair ``(scalar, aux)``.
       mdl: a bound Linen module, a `flax.core.Scope`, an NNX module, or a pytree of these; ``fn``
-      gets one of the same
-        structure.
+        gets one of the same structure.
       *primals: pytrees of arrays of any shape. Integers, booleans and keys get a ``float0`` zero
-      for a gradient.
+        for a gradient.
       has_aux: whether ``fn`` returns a pair, of which the second element is returned as it is.
       reduce_axes: names of mapped axes (of `jax.vmap` or `jax.shard_map`). The gradient of what
-      ``fn`` broadcasts over
-        such an axis is summed over it; the gradient of what is mapped over it stays per example.
+        ``fn`` broadcasts over such an axis is summed over it; the gradient of what is mapped over
+        it stays per example.
       variables: filter of the variables that are visible to ``fn`` and may be updated by it.
       rngs: filter of the RNG streams that are visible to ``fn``.
       grad_variables: filter of the variables to differentiate with respect to: a collection filter,
-      or a predicate
-        ``(path, value) -> bool``; on NNX modules also an NNX filter.
+        or a predicate ``(path, value) -> bool``; on NNX modules also an NNX filter.
       argnums: primals to differentiate with respect to; all of them by default.
       holomorphic: whether ``fn`` is holomorphic, as in JAX.
 
@@ -56,7 +54,7 @@ def value_and_grad(
 
     Raises:
       TypeError: ``fn`` does not return a real scalar; it does not return a pair though ``has_aux``
-      says so.
+        says so.
       ValueError: the output is not scalar; nothing is selected; a module is not bound.
 
     Example:
@@ -109,9 +107,9 @@ def grad(
     Returns:
       The gradients of the primals, a tuple also where there is one primal, as Linen's ``nn.grad``.
       With ``grad_variables`` ``(variable_grads, *primal_grads)``, where ``variable_grads`` has the
-      structure of the selected
-      variables: ``{collection: ...}`` for Linen, an `nnx.State` for NNX. With an int as ``argnums``
-      the gradient of that primal stands bare. With ``has_aux`` ``(grads, aux)``.
+      structure of the selected variables: ``{collection: ...}`` for Linen, an `nnx.State` for NNX.
+      With an int as ``argnums`` the gradient of that primal stands bare. With ``has_aux`` ``(grads,
+      aux)``.
 
     Raises: as `value_and_grad`.
 
@@ -191,20 +189,19 @@ def vjp(
 
     Args:
       fn: function ``fn(mdl, *primals)`` that returns a pytree of arrays, or a pair ``(pytree,
-      aux)``.
+        aux)``.
       mdl: a bound Linen module, a `flax.core.Scope`, an NNX module, or a pytree of these.
       *primals: pytrees of arrays.
       has_aux: whether ``fn`` returns a pair, of which the second element is returned as it is.
       reduce_axes: as of `value_and_grad`.
       vjp_variables: filter of the variables that get a cotangent, as ``grad_variables`` of
-      `value_and_grad`.
+        `value_and_grad`.
       variables: filter of the variables that are visible to ``fn`` besides these, and may be
-      updated by it.
+        updated by it.
       rngs: filter of the RNG streams that are visible to ``fn``.
       multi_scope: whether the cotangents of variables are a list with one entry for each scope, as
-      in Linen: first
-        those of modules that ``mdl`` was given, its own last. Otherwise the variables of such a
-        module stand below the name of the attribute that holds it.
+        in Linen: first those of modules that ``mdl`` was given, its own last. Otherwise the
+        variables of such a module stand below the name of the attribute that holds it.
 
     Returns:
       ``(y, bwd)``, or ``(y, bwd, aux)`` with ``has_aux``. ``bwd(cotangent)``, with a cotangent of
@@ -213,7 +210,7 @@ def vjp(
 
     Raises:
       TypeError: as `value_and_grad`; ``bwd`` where the cotangent has another structure or dtype
-      than ``y``.
+        than ``y``.
       ValueError: a module is not bound; ``bwd`` where the cotangent has another shape.
 
     Example:

@@ -31,15 +31,15 @@ def match_tangents(values: Any, tangents: Any, path: Path, *, partial: bool = Fa
     Args:
       values: pytree.
       tangents: pytree of the same structure, in which mappings may lack keys and anything may be
-      None.
+        None.
       path: where ``tangents`` stands, for messages.
       partial: whether keys that ``values`` lacks are passed over, because they may still be
-      created.
+        created.
 
     Raises:
       ValueError: a key that ``values`` lacks, or a tangent of another shape.
       TypeError: another structure or dtype, or a tangent other than zero for what cannot be
-      differentiated.
+        differentiated.
     """
     if tangents is None:
         return [None] * len(jax.tree.leaves(values))
@@ -62,9 +62,8 @@ def match_tangents(values: Any, tangents: Any, path: Path, *, partial: bool = Fa
     if _is_box(values, children):
         return match_tangents(children[0][1], _unboxed(tangents), path, partial=partial)
     raise TypeError(
-        f"{path_text(path)}: expected a {_noun(path)} of the structure {jax.tree.structure(values)} "
-        "(None for zero), got "
-        f"{jax.tree.structure(tangents)}."
+        f"{path_text(path)}: expected a {_noun(path)} of the structure "
+        f"{jax.tree.structure(values)} (None for zero), got {jax.tree.structure(tangents)}."
     )
 
 
@@ -78,9 +77,7 @@ def _match_mapping(
     if not isinstance(tangents, Mapping):
         raise TypeError(
             f"{path_text(path)}: expected a dictionary with the {_noun(path)}s of "
-            f"{_listed(values)} "
-            "(what is left out is zero), "
-            f"got {describe(tangents)}."
+            f"{_listed(values)} (what is left out is zero), got {describe(tangents)}."
         )
     for key, tangent in tangents.items():
         if key not in values and jax.tree.leaves(tangent) and not partial:
@@ -144,17 +141,15 @@ def _check_leaf(value: Any, tangent: Any, path: Path) -> Any:
         if is_float0(tangent) or _is_concrete_zero(tangent):
             return None
         raise TypeError(
-            f"{where}: {describe(value)} cannot be differentiated, so its {noun} can only be "
-            "zero: leave it out, or "
-            f"give None; got {describe(tangent)}."
+            f"{where}: {describe(value)} cannot be differentiated, so its {noun} can only be zero: "
+            f"leave it out, or give None; got {describe(tangent)}."
         )
     if isinstance(tangent, (int, float)) and not isinstance(tangent, bool):
         return np.asarray(tangent, dtype_of(value))[()]
     if dtype_of(tangent) != dtype_of(value):
         raise TypeError(
             f"{where}: expected a {noun} of the dtype of its value, {describe(value)}, got "
-            f"{describe(tangent)}. "
-            f"Convert it: {noun}.astype({dtype_of(value).name!r})."
+            f"{describe(tangent)}. Convert it: {noun}.astype({dtype_of(value).name!r})."
         )
     return tangent
 

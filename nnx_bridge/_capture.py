@@ -28,7 +28,7 @@ def capture(
       *var_types: types of the Variables to record, each of them exactly, not its subclasses.
       init: what recorded Variables start with, such as perturbations; pytrees are welcome.
       method_outputs: type by which the output of every public method is sown, of inherited ones
-      too.
+        too.
 
     Returns:
       A function that returns ``(result, *states)``, with an `nnx.State` for each of ``var_types``,

@@ -11,7 +11,7 @@ from flax import nnx
 
 import lifted
 from lifted._engine import split_aux
-from lifted._functional import Filter, is_target
+from lifted._group import Filter, is_target
 from lifted._trees import Static, structure
 from nnx_bridge._method_outputs import is_call
 from nnx_bridge._recording import Kind, Recording, collection, record
@@ -162,7 +162,7 @@ def capture_jvp(
 
     Args:
       fn: function ``fn(mdl, *primals)`` that returns a pytree of arrays, or a pair ``(pytree,
-      aux)``.
+        aux)``.
       mdl: an NNX module, a bound Linen module, a `flax.core.Scope`, or a pytree of these.
       primals: tuple or list of pytrees of arrays.
       tangents: their tangents, as of `lifted.jvp`.

@@ -31,19 +31,19 @@ class Case:
     differentiated. Everything else (`deterministic=False`, `None`) is passed as it is.
 
     Args:
-        module: The Linen module, not bound.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        variables: The module's variables. By default `module.init` makes them from the seed, with
-            the arguments of the call.
-        rngs: Names of the streams that get keys from the seed, or the keys themselves.
-        mutable: The collections that the call may change; by default every one that the module
-            has but `params`, `perturbations` and `intermediates`.
-        method: The module's method, as for `module.apply`.
-        name: What reports call it; by default the class of the module.
+      module: The Linen module, not bound.
+      args: Positional arguments of the call.
+      kwargs: Keyword arguments of the call.
+      variables: The module's variables. By default `module.init` makes them from the seed, with the
+        arguments of the call.
+      rngs: Names of the streams that get keys from the seed, or the keys themselves.
+      mutable: The collections that the call may change; by default every one that the module has
+        but `params`, `perturbations` and `intermediates`.
+      method: The module's method, as for `module.apply`.
+      name: What reports call it; by default the class of the module.
 
     Raises:
-        CaseError: `module` is no Linen module, or `args` is no tuple.
+      CaseError: `module` is no Linen module, or `args` is no tuple.
 
     Example:
         >>> case = Case(nn.Dense(3), (np.ones((2, 4), np.float32),))
@@ -68,8 +68,8 @@ class Case:
             raise CaseError(f"the module of a case: {error}") from error
         if not isinstance(self.args, tuple | list):
             raise CaseError(
-                f"the arguments of a case must be a tuple, got {type(self.args).__name__}; "
-                "one argument x is written (x,)"
+                f"the arguments of a case must be a tuple, got {type(self.args).__name__}; one "
+                "argument x is written (x,)"
             )
         object.__setattr__(self, "args", tuple(self.args))
         object.__setattr__(self, "name", self.name or type(self.module).__name__)
@@ -86,12 +86,12 @@ def load_case(target: str) -> Case:
     """The case that a factory makes.
 
     Args:
-        target: `package.module:factory`, a function without arguments. It returns a `Case`, or a
-            tuple `(module, args)` or `(module, args, kwargs)`, where a single array stands for
-            `args` of one.
+      target: `package.module:factory`, a function without arguments. It returns a `Case`, or a
+        tuple `(module, args)` or `(module, args, kwargs)`, where a single array stands for `args`
+        of one.
 
     Raises:
-        CaseError: The path cannot be imported, or the factory returns something else.
+      CaseError: The path cannot be imported, or the factory returns something else.
 
     Example:
         >>> load_case("examples.small_model:mlp").name

@@ -49,7 +49,7 @@ def collection_name(variable_type: type[nnx.Variable[Any]]) -> str:
     A type that is not registered is entered under the name of its class.
 
     Raises:
-        ValueError: The class is not registered, and its name is that of another collection.
+      ValueError: The class is not registered, and its name is that of another collection.
 
     Example:
         >>> collection_name(nnx.BatchStat)
@@ -70,15 +70,15 @@ def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
     """One value of a Linen collection, boxed or not, as a Variable.
 
     Args:
-        collection: The collection's name.
-        value: An array, any other pytree, or a metadata box around one.
+      collection: The collection's name.
+      value: An array, any other pytree, or a metadata box around one.
 
     Returns:
-        A Variable of the type of the collection. It never asks for a mesh: values stay where they
-        are, the names of a `nn.Partitioned` become `out_sharding`.
+      A Variable of the type of the collection. It never asks for a mesh: values stay where they
+      are, the names of a `nn.Partitioned` become `out_sharding`.
 
     Raises:
-        ValueError: `value` is an `nnx.bridge.NNXMeta` made for another Variable type.
+      ValueError: `value` is an `nnx.bridge.NNXMeta` made for another Variable type.
 
     Example:
         >>> to_variable("params", nn.Partitioned(jax.numpy.ones(3), ("model",))).out_sharding
@@ -89,8 +89,8 @@ def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
         if value.var_type is not kind:
             raise ValueError(
                 f"a value of the collection {collection!r} is boxed for the Variable type "
-                f"{value.var_type.__name__}, but {collection!r} stands for {kind.__name__}; "
-                f"move it to {collection_name(value.var_type)!r}"
+                f"{value.var_type.__name__}, but {collection!r} stands for {kind.__name__}; move "
+                f"it to {collection_name(value.var_type)!r}"
             )
         standard = nnx.Variable.required_metadata
         metadata = {key: v for key, v in value.metadata.items() if key not in standard}
@@ -112,7 +112,7 @@ def from_variable(variable: nnx.Variable[Any]) -> Any:
     """The value of a Variable as Linen keeps it, the inverse of `to_variable`.
 
     Returns:
-        The value; in the box it came in; or, for other metadata, in an `nnx.bridge.NNXMeta`.
+      The value; in the box it came in; or, for other metadata, in an `nnx.bridge.NNXMeta`.
 
     Example:
         >>> from_variable(nnx.Param(1.0)), from_variable(nnx.Param(1.0, unit="m")).metadata
@@ -158,14 +158,14 @@ def to_state(variables: Variables) -> nnx.State:
     """Linen variables as an NNX state.
 
     Args:
-        variables: Nested dicts (frozen or not) by collection, as `module.init` returns them.
+      variables: Nested dicts (frozen or not) by collection, as `module.init` returns them.
 
     Returns:
-        A state with one Variable for each value, at the path of its module and its name.
+      A state with one Variable for each value, at the path of its module and its name.
 
     Raises:
-        TypeError: `variables` is not nested by collection.
-        ValueError: See `to_variable`.
+      TypeError: `variables` is not nested by collection.
+      ValueError: See `to_variable`.
 
     Example:
         >>> state = to_state({"params": {"w": 1.0}, "ema": {"w": 2.0}})
@@ -199,8 +199,8 @@ def to_variables(state: nnx.State) -> dict[str, Any]:
     """An NNX state as Linen variables, the inverse of `to_state`.
 
     Raises:
-        ValueError: A Variable's type cannot be given a collection (see `collection_name`), or two
-            Variables have the same path in Linen.
+      ValueError: A Variable's type cannot be given a collection (see `collection_name`), or two
+        Variables have the same path in Linen.
     """
     return nest(
         (linen_path(path, variable), from_variable(variable))
@@ -226,7 +226,7 @@ def flatten(variables: Variables) -> Iterator[tuple[Path, Any]]:
     """The values of nested dicts with their paths `(collection, *modules, name)`.
 
     Raises:
-        TypeError: A collection is not a dict.
+      TypeError: A collection is not a dict.
     """
     for collection, tree in variables.items():
         if not isinstance(tree, Mapping):

@@ -44,15 +44,15 @@ def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda
     """Compares a Linen module with itself under `lifted`, and hosted as NNX.
 
     Args:
-        case: The module and one call of it.
-        seed: Where parameters, keys, output weights and directions come from.
-        progress: Called with what begins, `STEPS` times.
+      case: The module and one call of it.
+      seed: Where parameters, keys, output weights and directions come from.
+      progress: Called with what begins, `STEPS` times.
 
     Returns:
-        A report with a row for each array of each of the two programs.
+      A report with a row for each array of each of the two programs.
 
     Raises:
-        CaseError: The module does not run, or there is nothing to differentiate.
+      CaseError: The module does not run, or there is nothing to differentiate.
 
     Example:
         >>> from flax import linen as nn

@@ -20,8 +20,7 @@ def to_predicate(filter: Any) -> Predicate:
 
     Args:
       filter: a bool; a collection's name; a `flax.core.DenyList`; a Variable type, a predicate or
-      any
-        other NNX filter; or a sequence of these, any of which may hold.
+        any other NNX filter; or a sequence of these, any of which may hold.
 
     Raises:
       TypeError: ``filter`` is none of these.
@@ -46,8 +45,7 @@ def to_predicate(filter: Any) -> Predicate:
     except TypeError:
         raise TypeError(
             "filter: expected a bool, the name of a collection such as 'params', a Variable type "
-            "such "
-            "as nnx.Param, a predicate (path, value) -> bool, or a sequence of these; got "
+            "such as nnx.Param, a predicate (path, value) -> bool, or a sequence of these; got "
             f"{filter!r}."
         ) from None
 

@@ -21,7 +21,7 @@ from flax.core import DenyList
 from flax.core.scope import in_filter
 
 from lifted._errors import Path, path_text, suggestion
-from lifted._functional import Filter, register_group
+from lifted._group import Filter, register_group
 from lifted._inputs import is_differentiable
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private

@@ -38,19 +38,19 @@ class Host(Node):
     `model(x, method='encode')`.
 
     Args:
-        module: The Linen module, not bound. Its program is what is run.
-        variables: Its variables, as `module.init` returns them; boxed (`nn.Partitioned`) or not.
-            No mesh is needed for boxed ones.
-        rngs: The streams that calls take their keys from: `nnx.Rngs` (shared, not forked), or a
-            key for each stream. The n-th call, counted from 0, equals
-            `module.apply(..., rngs={name: jax.random.fold_in(key, n)})`. The stream `default`
-            serves as Linen's `params`, to which Linen falls back.
-        mutable: The collections that a call may change, as for `module.apply`. By default, every
-            one the model has but `params`, `perturbations` and `intermediates`, so statistics
-            and caches update by themselves.
+      module: The Linen module, not bound. Its program is what is run.
+      variables: Its variables, as `module.init` returns them; boxed (`nn.Partitioned`) or not. No
+        mesh is needed for boxed ones.
+      rngs: The streams that calls take their keys from: `nnx.Rngs` (shared, not forked), or a key
+        for each stream. The n-th call, counted from 0, equals `module.apply(..., rngs={name:
+        jax.random.fold_in(key, n)})`. The stream `default` serves as Linen's `params`, to which
+        Linen falls back.
+      mutable: The collections that a call may change, as for `module.apply`. By default, every one
+        the model has but `params`, `perturbations` and `intermediates`, so statistics and caches
+        update by themselves.
 
     Raises:
-        TypeError: `module` is no Linen module, or `variables` are not nested by collection.
+      TypeError: `module` is no Linen module, or `variables` are not nested by collection.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,16 +85,16 @@ class Host(Node):
         """A host with new variables, the numbers those of `module.init(rngs, *args, **kwargs)`.
 
         Args:
-            module: The Linen module.
-            rngs: What `module.init` takes: a key, or a key for each stream. The host's own streams
-                start from the same keys. Or `nnx.Rngs`, which give the keys and are the streams.
-            *args: Sample inputs.
-            method: The method to run, as for `module.init`.
-            mutable: See `Host`.
-            **kwargs: Sample inputs by keyword.
+          module: The Linen module.
+          rngs: What `module.init` takes: a key, or a key for each stream. The host's own streams
+            start from the same keys. Or `nnx.Rngs`, which give the keys and are the streams.
+          *args: Sample inputs.
+          method: The method to run, as for `module.init`.
+          mutable: See `Host`.
+          **kwargs: Sample inputs by keyword.
 
         Raises:
-            TypeError: `module` is no Linen module.
+          TypeError: `module` is no Linen module.
 
         Example:
             >>> x = jax.numpy.ones((2, 4))
@@ -117,15 +117,15 @@ class Host(Node):
         """Runs the Linen module and keeps what it changed.
 
         Args:
-            *args: Arguments of the Linen method.
-            rngs: Keys for this call alone, as for `module.apply`, or `nnx.Rngs` to draw them from.
-            method: The Linen method, as for `module.apply`.
-            mutable: The collections that this call may change; `False` for none. What is sown into
-                `intermediates` is that of the last call that was allowed to.
-            **kwargs: Further arguments of the Linen method.
+          *args: Arguments of the Linen method.
+          rngs: Keys for this call alone, as for `module.apply`, or `nnx.Rngs` to draw them from.
+          method: The Linen method, as for `module.apply`.
+          mutable: The collections that this call may change; `False` for none. What is sown into
+            `intermediates` is that of the last call that was allowed to.
+          **kwargs: Further arguments of the Linen method.
 
         Returns:
-            What the Linen method returns. Changed variables are in the model, not in the result.
+          What the Linen method returns. Changed variables are in the model, not in the result.
         """
         if rngs is None:
             rngs = self._linen_rngs
@@ -185,14 +185,14 @@ def check_linen_module(module: Any) -> nn.Module:
     """The module, if it is an instance of a Linen module class.
 
     Raises:
-        TypeError: It is not.
+      TypeError: It is not.
     """
     if isinstance(module, nn.Module):
         return module
     if isinstance(module, type) and issubclass(module, nn.Module):
         raise TypeError(
-            f"expected an instance of a Linen module, got the class {module.__name__}; "
-            f"write {module.__name__}(...)"
+            f"expected an instance of a Linen module, got the class {module.__name__}; write "
+            f"{module.__name__}(...)"
         )
     found = "an NNX module" if isinstance(module, nnx.Module) else "no Linen module"
     raise TypeError(

@@ -56,7 +56,7 @@ class Problem:
         """Draws what the case leaves to the seed.
 
         Raises:
-            CaseError: The module does not run, or there is nothing to differentiate.
+          CaseError: The module does not run, or there is nothing to differentiate.
         """
         keys, inputs = case.keys(seed), by_path(_arguments(case))
         variables = case.variables or _initialised(case, keys)

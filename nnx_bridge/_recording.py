@@ -20,8 +20,9 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope, union_filters
 
-from lifted._functional import is_target
-from lifted._linen import Collections, LinenGroup, LinenUpdates
+from lifted._group import is_target
+from lifted._linen import LinenGroup, LinenUpdates
+from lifted._nested import Collections
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name, variable_type
 from nnx_bridge._method_outputs import sowing_outputs
@@ -37,8 +38,7 @@ class Recording:
     Attributes:
       kinds: Variable types or names of collections, each standing for the other.
       seeds: for each target the values that recorded Variables start with: an `nnx.State` for an
-      NNX
-        module, ``{collection: ...}`` for a Linen module. A collection with seeds is only read.
+        NNX module, ``{collection: ...}`` for a Linen module. A collection with seeds is only read.
       outputs: ``outputs(module, method_name)`` says which outputs of methods are sown, as the first
         of ``kinds``; None for none.
     """

@@ -53,15 +53,15 @@ class Row:
     """One array of one program beside the same array of raw JAX; or why there is none.
 
     Attributes:
-        what: What the array is, such as "parameter gradient".
-        route: The program that computed it.
-        path: Its path, such as `params/Dense_0/kernel`.
-        shape: Its shape.
-        dtype: Its dtype.
-        max_error: The largest absolute difference; NaN where there is nothing to subtract.
-        max_roundings: The same in roundings; infinite for any difference of integers.
-        verdict: Whether it counts as equal, and if not, why.
-        error: What was raised, or other details of the verdict.
+      what: What the array is, such as "parameter gradient".
+      route: The program that computed it.
+      path: Its path, such as `params/Dense_0/kernel`.
+      shape: Its shape.
+      dtype: Its dtype.
+      max_error: The largest absolute difference; NaN where there is nothing to subtract.
+      max_roundings: The same in roundings; infinite for any difference of integers.
+      verdict: Whether it counts as equal, and if not, why.
+      error: What was raised, or other details of the verdict.
     """
 
     what: str
@@ -80,11 +80,11 @@ class Report:
     """What a check found. `rich.print(report)` shows it as a table.
 
     Attributes:
-        name: The name of the case.
-        rows: One for each array of each program.
-        seed: The seed of the check.
-        versions: The versions of the packages that computed it.
-        skipped: What raw JAX itself cannot do with the module, and why.
+      name: The name of the case.
+      rows: One for each array of each program.
+      seed: The seed of the check.
+      versions: The versions of the packages that computed it.
+      skipped: What raw JAX itself cannot do with the module, and why.
 
     Example:
         >>> rows = compare_arrays("output", "mine", {"y": np.ones(3)}, {"y": np.zeros(3)})
@@ -164,10 +164,10 @@ def compare_arrays(
     """A row for each array that either side has.
 
     Args:
-        what: What the arrays are, such as "output".
-        route: Which program computed `actual`.
-        actual: Arrays by path.
-        reference: The arrays that they should equal.
+      what: What the arrays are, such as "output".
+      route: Which program computed `actual`.
+      actual: Arrays by path.
+      reference: The arrays that they should equal.
     """
     for path in dict.fromkeys([*reference, *actual]):
         found, expected = actual.get(path), reference.get(path)
@@ -263,8 +263,8 @@ def _finding(row: Row) -> str:
     if math.isinf(row.max_roundings):
         return f"differs by {row.max_error:.3g} in {where}, which must be equal"
     return (
-        f"differs by {row.max_error:.3g}, {_roundings(row.max_roundings)} of {where}; "
-        f"at most {TOLERANCE:g} are allowed"
+        f"differs by {row.max_error:.3g}, {_roundings(row.max_roundings)} of {where}; at most "
+        f"{TOLERANCE:g} are allowed"
     )
 
 

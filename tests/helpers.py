@@ -98,7 +98,7 @@ def total(mdl: Any, *args: Any) -> jax.Array:
 
 
 def randomized(variables: Any, seed: int = 3) -> Any:
-    """``variables`` with noise on every floating leaf, so that zero biases do not hide a mistake."""
+    """``variables`` with noise on floating leaves, so that zero biases do not hide a mistake."""
     return jax.tree.map(
         lambda x, n: x if n is None else x + 0.1 * n, variables, normal_like(variables, seed)
     )

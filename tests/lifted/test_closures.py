@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 
+import lifted
 from tests.helpers import assert_trees_close, assert_trees_equal, initialized, normal, strict, total
 from tests.lifted import models
 

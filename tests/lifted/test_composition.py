@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 
+import lifted
 from tests.helpers import (
     Inside,
     assert_trees_close,
@@ -270,9 +270,7 @@ OTHER_METHODS: dict[str, Callable[..., Any]] = {
 def test_another_method(name: str) -> None:
     bound = METHODS.bind(METHODS_VARIABLES)
     actual = lifted.jvp(OTHER_METHODS[name](bound), bound, (X,), (X,), {})
-    expected = jax.jvp(
-        lambda x: METHODS.apply(METHODS_VARIABLES, x, method="encode"), (X,), (X,)
-    )
+    expected = jax.jvp(lambda x: METHODS.apply(METHODS_VARIABLES, x, method="encode"), (X,), (X,))
     assert_trees_equal(actual, expected)
 
 
@@ -530,9 +528,9 @@ def test_share_scope() -> None:
     variables = module.init(RNGS, X)
     assert set(variables["params"]["inner"]) == {"kernel", "bias"}
     grads, _ = module.apply(variables, X)
-    expected = jax.grad(
-        lambda p: total(nn.Dense(2).bind({"params": p}), X)
-    )(variables["params"]["inner"])
+    expected = jax.grad(lambda p: total(nn.Dense(2).bind({"params": p}), X))(
+        variables["params"]["inner"]
+    )
     assert_trees_equal(grads["params"], expected)
 
 

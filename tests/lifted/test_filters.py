@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 from flax.core import DenyList
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 
+import lifted
 from tests.helpers import assert_trees_equal, call, initialized, normal, total
 from tests.lifted import models
 

@@ -125,6 +125,15 @@ def test_a_rewound_scope_shares_variables_and_counters() -> None:
     assert scope.rng_counters == {"dropout": 1}
 
 
+def test_live_collections_are_written_in_place() -> None:
+    scope = Scope({"state": {"x": 1}, "params": {"w": 2}}, mutable=["state"])
+    live = _flax_private.live_collections(scope)
+    scope.put_variable("state", "y", 3)
+    del live["state"]["x"]
+    assert set(live) == {"state"}
+    assert scope.mutable_variables() == {"state": {"y": 3}}
+
+
 def test_the_flag_of_init() -> None:
     seen = []
     fn = lambda mdl: seen.append(mdl.scope.get_flag("initializing", False))  # noqa: E731

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 
+import lifted
 from tests.helpers import Inside, assert_trees_equal, call, normal, strict, total
 from tests.lifted import models
 from tests.lifted.transforms import TRANSFORMS, every_transform

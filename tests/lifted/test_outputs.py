@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import numpy as np
 import pytest
 from flax import linen as nn
 
+import lifted
 from tests.helpers import assert_trees_equal, call, initialized, normal, total
 from tests.lifted import models
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+import lifted
 from tests.helpers import assert_trees_close, assert_trees_equal, call, initialized, normal, total
 from tests.lifted import models
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 from flax.core import Scope, apply, init, lift, nn
 
+import lifted
 from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict
 
 X = normal(4, 3)
@@ -95,12 +95,11 @@ def test_a_pair_of_scopes() -> None:
 
     _, variables = init(model)(jax.random.key(0), X)
     (grads_a, grads_b), _ = apply(model)(variables, X)
-    loss = lambda p: (
-        _dense(Scope({"params": p["a"]}), X)
-        * _dense(  # noqa: E731
-            Scope({"params": p["b"]}), X
-        )
-    )
+
+    def loss(params: Any) -> jax.Array:
+        a, b = Scope({"params": params["a"]}), Scope({"params": params["b"]})
+        return _dense(a, X) * _dense(b, X)
+
     expected = jax.grad(loss)(variables["params"])
     actual = {"a": grads_a["params"], "b": grads_b["params"]}
     assert_trees_close(actual, expected)

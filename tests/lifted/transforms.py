@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lifted
 import pytest
 from flax import linen as nn
 
+import lifted
 from tests.helpers import call
 from tests.helpers import total as _total
 

@@ -1,0 +1,110 @@
+"""Kinds of targets: what a package must provide so that the transforms accept its modules.
+
+Each kind has a `Group` class that functionalises all targets of its kind in one call, so that what
+they share is found. Kinds register with `register_group`; those of other packages are found through
+the entry points ``lifted.groups`` the first time that a target of unknown type is seen. This
+package knows Linen only.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from lifted._errors import Path
+
+Variables = Any
+Updates = Any
+Filter = Any
+
+
+class Group(Protocol):
+    """All targets of one kind in one call. ``variables`` are lists with one pytree for each
+    target."""
+
+    variables: list[Variables]
+    initializing: bool
+
+    def __init__(
+        self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
+    ) -> None:
+        """Reads the targets, writes nothing.
+
+        Args:
+          targets: the targets, bound.
+          variables: filter of the variables that are visible and may be updated.
+          frozen: filter of further variables that are visible but may not be updated.
+          rngs: filter of the RNG streams that are visible.
+        """
+
+    def __call__(
+        self, variables: list[Variables], body: Callable[[list[Any]], Any]
+    ) -> tuple[Any, Updates]:
+        """Result of ``body`` on copies of the targets that hold ``variables``, and what it
+        wrote."""
+
+    def publish(self, updates: Updates) -> None:
+        """Writes ``updates`` to the targets."""
+
+    def outside(self) -> dict[Path, Any]:
+        """All that the caller's modules hold and a function could write past the copies that it is
+        given: value by path."""
+
+    def restore(self, outside: dict[Path, Any]) -> None:
+        """Brings what `outside` describes back into that state."""
+
+    def match(self, variables: list[Variables], filter: Filter) -> list[Variables]:
+        """``variables`` with True at the leaves that ``filter`` selects and False at the others."""
+
+    def prune(self, tree: list[Variables], mask: list[Variables]) -> list[Variables]:
+        """``tree`` without the variables that ``mask`` has as False throughout."""
+
+    def extend(
+        self, variables: list[Variables], updates: Updates, filter: Filter
+    ) -> list[Variables] | None:
+        """``variables`` with those that ``updates`` created and ``filter`` selects; None where
+        there are none."""
+
+    def written(self, updates: Updates) -> list[Variables]:
+        """The variables among ``updates``, to differentiate them."""
+
+    @staticmethod
+    def as_variables(tangents: Sequence[Any], variables: Sequence[Variables]) -> list[Any]:
+        """Tangents of ``variables``, given in any form that the user may choose, in the form of
+        ``variables``."""
+
+    def per_scope(self, tree: list[Variables]) -> list[Variables]:
+        """``tree`` as one tree for each scope, as Linen's ``multi_scope`` has it."""
+
+    def names(self, variables: list[Variables]) -> list[str]:
+        """What a filter can name, for messages."""
+
+
+_groups: list[tuple[Callable[[Any], bool], type[Group]]] = []
+_entry_points_loaded = False
+
+
+def register_group(is_target: Callable[[Any], bool], group: type[Group]) -> None:
+    """Makes the objects for which ``is_target`` holds targets that ``group`` functionalises."""
+    _groups.append((is_target, group))
+
+
+def group_of(x: Any) -> type[Group] | None:
+    """The class that functionalises ``x``, None where ``x`` is no target."""
+    for is_target, group in _groups:
+        if is_target(x):
+            return group
+    return None
+
+
+def load_entry_points() -> None:
+    """Registers the kinds that other installed packages provide; once."""
+    global _entry_points_loaded
+    if not _entry_points_loaded:
+        _entry_points_loaded = True
+        for entry_point in importlib.metadata.entry_points(group="lifted.groups"):
+            entry_point.load()
+
+
+def is_target(x: Any) -> bool:
+    """Whether ``x`` is a module or a scope of a known kind."""
+    return group_of(x) is not None
