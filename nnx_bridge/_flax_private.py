@@ -61,14 +61,23 @@ def captures(module: nnx.Module, variables: Sequence[nnx.Variable[Any]]) -> Iter
     `nnx.capture` keeps one Variable for each type that it records in the attribute
     ``__captures__``.
     """
-    outer = vars(module).get(_CAPTURES)
+    outer = captured(module)
     types = {type(variable) for variable in variables}
-    others = tuple(v for v in outer or () if type(v) not in types)
-    setattr(module, _CAPTURES, nnx.data((*variables, *others)))
+    set_captured(module, (*variables, *(v for v in outer or () if type(v) not in types)))
     try:
         yield
     finally:
-        if outer is None:
-            delattr(module, _CAPTURES)
-        else:
-            setattr(module, _CAPTURES, nnx.data(outer))
+        set_captured(module, outer)
+
+
+def captured(module: nnx.Module) -> tuple[nnx.Variable[Any], ...] | None:
+    """The Variables in which ``module`` records, one for each type; None outside of a context."""
+    return vars(module).get(_CAPTURES)
+
+
+def set_captured(module: nnx.Module, variables: Sequence[nnx.Variable[Any]] | None) -> None:
+    """Makes ``variables`` those that `captured` finds."""
+    if variables is not None:
+        setattr(module, _CAPTURES, nnx.data(tuple(variables)))
+    elif _CAPTURES in vars(module):
+        delattr(module, _CAPTURES)

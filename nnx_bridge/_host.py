@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter, in_filter
+from flax.core.scope import CollectionFilter, in_filter, union_filters
 
 from nnx_bridge._collections import Variables
-from nnx_bridge._tree import Node, fill, read, write
+from nnx_bridge._hosted_captures import called_modules, deposit, recorded
+from nnx_bridge._tree import Node, fill, node_at, read, write
 
 Keys: TypeAlias = jax.Array | dict[str, jax.Array]
 Method: TypeAlias = str | Callable[..., Any] | None
@@ -102,9 +103,13 @@ class Host(Node):
             (3,)
         """
         keys = _draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
-        variables = check_linen_module(module).init(keys, *args, method=method, **kwargs)
+        with called_modules() as paths:
+            variables = check_linen_module(module).init(keys, *args, method=method, **kwargs)
         streams = rngs if isinstance(rngs, nnx.Rngs | Mapping) else {"params": rngs}
-        return cls(module, variables, rngs=streams, mutable=mutable)
+        host = cls(module, variables, rngs=streams, mutable=mutable)
+        for path in paths:
+            node_at(host, path)
+        return host
 
     def __call__(
         self,
@@ -129,21 +134,26 @@ class Host(Node):
         """
         if rngs is None:
             rngs = self._linen_rngs
+        captured = recorded(self)
         variables = read(self)
         # Sown values are a record of one call, so they are no input of the next.
         variables.pop("intermediates", None)
-        result = self._linen.module.apply(
-            variables,
-            *args,
-            rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
-            method=method,
-            mutable=(changeable := self._linen.mutable_collections(mutable, variables)),
-            **kwargs,
-        )
-        if changeable is False:
+        changeable = self._linen.mutable_collections(mutable, variables)
+        variables = {**{c: v for c, v in variables.items() if c not in captured}, **captured}
+        with called_modules(bool(captured)) as paths:
+            result = self._linen.module.apply(
+                variables,
+                *args,
+                rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
+                method=method,
+                mutable=union_filters(changeable, list(captured)) if captured else changeable,
+                **kwargs,
+            )
+        if changeable is False and not captured:
             return result
         output, updates = result
-        if in_filter(changeable, "intermediates"):
+        deposit(self, {c: updates.pop(c) for c in captured if c in updates}, paths)
+        if in_filter(changeable, "intermediates") and "intermediates" not in captured:
             updates = {"intermediates": {}, **updates}
         write(self, updates)
         return output

@@ -26,9 +26,9 @@ from lifted._nested import Collections
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name, variable_type
 from nnx_bridge._method_outputs import sowing_outputs
+from nnx_bridge._tree import Node, node_at
 
 Kind = str | type[nnx.Variable[Any]]
-Modules = list[tuple[int, tuple[Any, ...], nnx.Module]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ def record(fn: Callable[[Any], Any], mdl: Any, recording: Recording) -> tuple[An
 
     def body(copies: list[Any]) -> Any:
         by_place = dict(enumerate(targets)) | dict(zip(linen, copies, strict=True))
-        modules = _modules([by_place[i] for i in native])
-        with _captures(modules, recording, [seeds[i] for i in native]) as collect:
+        of_nnx = [by_place[i] for i in native]
+        with _captures(of_nnx, recording, [seeds[i] for i in native]) as collect:
             y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
             return y, [collect(_type(kind)) for kind in recording.kinds]
 
@@ -91,7 +91,7 @@ def collection(kind: Kind) -> str:
     return kind if isinstance(kind, str) else collection_name(kind)
 
 
-def _modules(targets: Sequence[Any]) -> Modules:
+def _modules(targets: Sequence[Any]) -> list[tuple[int, tuple[Any, ...], nnx.Module]]:
     """The modules of all targets, each once, with its target and its path there."""
     found: dict[int, tuple[int, tuple[Any, ...], nnx.Module]] = {}
     for i, target in enumerate(targets):
@@ -102,14 +102,18 @@ def _modules(targets: Sequence[Any]) -> Modules:
 
 @contextlib.contextmanager
 def _captures(
-    modules: Modules, recording: Recording, seeds: Sequence[Any]
+    targets: Sequence[Any], recording: Recording, seeds: Sequence[Any]
 ) -> Iterator[Callable[[type[nnx.Variable[Any]]], list[nnx.State]]]:
     """Gives the modules a context of `nnx.capture`; yields a function that reads what it
     recorded."""
     types = tuple(_type(kind) for kind in recording.kinds)
     started = [dict(nnx.to_flat_state(seed)) if seed is not None else {} for seed in seeds]
-    contexts = []
+    for target, flat in zip(targets, started, strict=True):
+        for path in flat:
+            _check_seed(target, path)
+    modules = _modules(targets)
     with contextlib.ExitStack() as stack:
+        stack.callback(_leave_new, targets, {id(module) for _, _, module in modules}, set(types))
         for i, path, module in modules:
             own: dict[Any, dict[Any, Any]] = {kind: {} for kind in types}
             for seed_path, variable in started[i].items():
@@ -120,21 +124,52 @@ def _captures(
                 for kind, values in own.items()
             )
             stack.enter_context(_flax_private.captures(module, variables))
-            contexts.append((i, tuple(path), variables))
         if recording.outputs is not None:
-            nodes = [module for _, _, module in modules]
-            stack.enter_context(sowing_outputs(nodes, types[0], recording.outputs))
+            # Of a host the methods of its Linen modules count, not its own.
+            native = [module for _, _, module in modules if not isinstance(module, Node)]
+            stack.enter_context(sowing_outputs(native, types[0], recording.outputs))
+            stack.enter_context(_linen_outputs(recording.outputs, collection(recording.kinds[0])))
 
         def collect(kind: type[nnx.Variable[Any]]) -> list[nnx.State]:
             flat: list[list[Any]] = [[] for _ in seeds]
-            for i, path, variables in contexts:
-                for variable in variables:
+            for i, path, module in _modules(targets):
+                for variable in _flax_private.captured(module) or ():
                     if type(variable) is kind:
                         values = dict.items(variable.get_raw_value())
                         flat[i] += [((*path, name), kind(value)) for name, value in values]
             return [nnx.from_flat_state(f) if f else nnx.State({}) for f in flat]
 
         yield collect
+
+
+def _check_seed(target: Any, path: tuple[Any, ...]) -> None:
+    """Checks that a seed belongs to a module; a host may get the node of it.
+
+    Raises:
+      ValueError: there is no such module.
+    """
+    module = target
+    for i, name in enumerate(path[:-1]):
+        if isinstance(module, Node):
+            node_at(module, path[i:-1])
+            return
+        try:
+            module = module[name] if isinstance(name, int) else vars(module)[name]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"init: {'/'.join(map(str, path))}: {type(target).__name__} has no module at "
+                f"{'/'.join(map(str, path[: i + 1]))!r}. Take the state of a capture of the same "
+                "module."
+            ) from None
+
+
+def _leave_new(targets: Sequence[Any], known: set[int], types: set[Any]) -> None:
+    """Takes the context from nodes that a hosted model got while it lasted."""
+    for _, _, module in _modules(targets):
+        held = _flax_private.captured(module)
+        if id(module) not in known and held is not None:
+            others = [variable for variable in held if type(variable) not in types]
+            _flax_private.set_captured(module, others or None)
 
 
 def _record_linen(
@@ -150,8 +185,7 @@ def _record_linen(
     started = [seed or {} for seed in seeds]
     group = _RecordingGroup(targets, tuple(names), {col for seed in started for col in seed})
     variables = [{**own, **seed} for own, seed in zip(group.variables, started, strict=True)]
-    with _linen_outputs(recording.outputs, names[0]):
-        y, updates = group(variables, body)
+    y, updates = group(variables, body)
     written = group.written(updates)
     kept = [{c: v for c, v in root.items() if c not in names} for root in updates.variables]
     group.publish(LinenUpdates(kept, updates.static))
@@ -176,11 +210,8 @@ class _RecordingGroup(LinenGroup):
 
 
 @contextlib.contextmanager
-def _linen_outputs(outputs: Callable[[Any, str], bool] | None, name: str) -> Iterator[None]:
+def _linen_outputs(outputs: Callable[[Any, str], bool], name: str) -> Iterator[None]:
     """Sows the outputs of the Linen methods that ``outputs`` selects."""
-    if outputs is None:
-        yield
-        return
 
     def sow(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)

@@ -35,7 +35,15 @@ class Node(nnx.Module):
 def fill(root: Node, variables: Variables) -> None:
     """Puts variables into an empty tree."""
     for path, variable in to_flat_state(variables):
-        setattr(_node(root, path[:-1]), _escaped(path[-1]), variable)
+        setattr(node_at(root, path[:-1]), _escaped(path[-1]), variable)
+
+
+def nodes(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+    """The nodes of the tree by the paths of their Linen modules."""
+    yield path, node
+    for attribute, value in vars(node).items():
+        if isinstance(value, Node):
+            yield from nodes(value, (*path, _unescaped(attribute)))
 
 
 def items(node: Node, path: Path = ()) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
@@ -68,12 +76,12 @@ def write(root: Node, updates: Variables) -> None:
     if "intermediates" in updates:
         for path in held.keys() - new.keys():
             if path[0] == "intermediates":
-                _remove(_node(root, path[1:-1]), held[path])
+                _remove(node_at(root, path[1:-1]), held[path])
 
 
 def _add(root: Node, path: Path, value: Any) -> None:
     collection, *modules, name = path
-    node = _node(root, tuple(modules))
+    node = node_at(root, tuple(modules))
     attribute = free_name(collection, name, vars(node))
     variable = to_variable(collection, value)
     setattr(node, _escaped(attribute), renamed(variable, name, attribute))
@@ -83,7 +91,7 @@ def _remove(node: Node, variable: nnx.Variable[Any]) -> None:
     delattr(node, next(name for name, value in vars(node).items() if value is variable))
 
 
-def _node(root: Node, path: Path) -> Node:
+def node_at(root: Node, path: Path) -> Node:
     """The node of a submodule, which is made where there is none."""
     for name in map(_escaped, path):
         if name not in vars(root):

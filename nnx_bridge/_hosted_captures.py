@@ -1,0 +1,91 @@
+"""What hosted models sow and perturb, in the capture context of the NNX modules around them.
+
+Linen keeps what it sows in collections, NNX in Variables of the module that sows. Before a call of
+a host, what its nodes have recorded so far becomes collections, so that Linen goes on from there
+(a reduction is Linen's own); after the call the collections go back into the nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from lifted._trees import identical
+from nnx_bridge import _flax_private
+from nnx_bridge._collections import Path, Variables, collection_name
+from nnx_bridge._tree import Node, node_at, nodes
+
+
+def recorded(root: Node) -> dict[str, dict[str, Any]]:
+    """The collections that a context around the call records, with what they hold so far."""
+    collections: dict[str, dict[str, Any]] = {}
+    for path, node in nodes(root):
+        for variable in _flax_private.captured(node) or ():
+            tree = collections.setdefault(collection_name(type(variable)), {})
+            values = _values(variable)
+            if values:
+                for name in path:
+                    tree = tree.setdefault(name, {})
+                tree.update(values)
+    return collections
+
+
+def deposit(root: Node, collections: Variables, modules: Sequence[Path]) -> None:
+    """Records what the call has left in ``collections``, those of `recorded`.
+
+    Args:
+      root: the host.
+      collections: what the call left.
+      modules: paths of the modules; below them a dictionary is a value.
+    """
+    known = {path[:depth] for path in modules for depth in range(len(path) + 1)}
+    for collection, tree in collections.items():
+        for path, name, value in _by_module(tree, (), known):
+            for variable in _captured_at(root, path):
+                # A perturbation that was given may belong to another trace: it is not written.
+                held = _values(variable).get(name)
+                if collection_name(type(variable)) == collection and not identical(held, value):
+                    variable[name] = value
+
+
+@contextlib.contextmanager
+def called_modules(active: bool = True) -> Iterator[list[Path]]:
+    """Collects, where ``active``, the paths of the Linen modules whose methods run."""
+    paths: list[Path] = []
+    if not active:
+        yield paths
+        return
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.scope is not None:
+            paths.append(tuple(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        yield paths
+
+
+def _by_module(
+    tree: Mapping[str, Any], path: Path, known: Set[Path]
+) -> Iterator[tuple[Path, str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and (*path, name) in known:
+            yield from _by_module(value, (*path, name), known)
+        else:
+            yield path, name, value
+
+
+def _captured_at(root: Node, path: Path) -> tuple[nnx.Variable[Any], ...]:
+    """What the node at ``path`` records; one that is new records what the root does."""
+    node, of_root = node_at(root, path), _flax_private.captured(root) or ()
+    if _flax_private.captured(node) is None:
+        _flax_private.set_captured(node, [type(v)(type(v.get_value())()) for v in of_root])
+    return _flax_private.captured(node) or ()
+
+
+def _values(variable: nnx.Variable[Any]) -> dict[str, Any]:
+    return dict(dict.items(variable.get_value()))
