@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax import nnx
-from flax.nnx import graphlib
+from flax.nnx import graphlib, tracers
 
 Indices = graphlib.RefMap
 _CAPTURES = "__captures__"
@@ -73,6 +73,11 @@ def captures(module: nnx.Module, variables: Sequence[nnx.Variable[Any]]) -> Iter
 def captured(module: nnx.Module) -> tuple[nnx.Variable[Any], ...] | None:
     """The Variables in which ``module`` records, one for each type; None outside of a context."""
     return vars(module).get(_CAPTURES)
+
+
+def trace_state() -> Any:
+    """The JAX transform in progress; equal where it is the same one."""
+    return tracers.TraceState()
 
 
 def set_captured(module: nnx.Module, variables: Sequence[nnx.Variable[Any]] | None) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope, union_filters
@@ -26,7 +25,14 @@ from lifted._nested import Collections
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name, variable_type
 from nnx_bridge._method_outputs import sowing_outputs
+from nnx_bridge._records import Perturbations, Records
 from nnx_bridge._tree import Node, node_at
+
+_BROADCAST = (
+    "If this is what a module records: it differs from example to example, but the module is "
+    "broadcast. Say where the mapped axis of recorded values goes: "
+    "in_axes=(nnx.StateAxes({(nnx.Intermediate, nnx.Perturbation): 0, ...: None}), ...)."
+)
 
 Kind = str | type[nnx.Variable[Any]]
 
@@ -70,7 +76,12 @@ def record(fn: Callable[[Any], Any], mdl: Any, recording: Recording) -> tuple[An
         by_place = dict(enumerate(targets)) | dict(zip(linen, copies, strict=True))
         of_nnx = [by_place[i] for i in native]
         with _captures(of_nnx, recording, [seeds[i] for i in native]) as collect:
-            y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
+            try:
+                y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
+            except ValueError as error:
+                if "axis spec None" in str(error):
+                    error.add_note(_BROADCAST)
+                raise
             return y, [collect(_type(kind)) for kind in recording.kinds]
 
     linen_targets, linen_seeds = [targets[i] for i in linen], [seeds[i] for i in linen]
@@ -120,7 +131,7 @@ def _captures(
                 if seed_path[:-1] == tuple(path):
                     own.setdefault(type(variable), {})[seed_path[-1]] = variable.get_value()
             variables = tuple(
-                kind(Addends(values) if issubclass(kind, nnx.Perturbation) else values)
+                kind((Perturbations if issubclass(kind, nnx.Perturbation) else Records)(values))
                 for kind, values in own.items()
             )
             stack.enter_context(_flax_private.captures(module, variables))
@@ -221,34 +232,3 @@ def _linen_outputs(outputs: Callable[[Any, str], bool], name: str) -> Iterator[N
 
     with nn.intercept_methods(sow):
         yield
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Addends(dict[str, Any]):
-    """The perturbations of a module.
-
-    `nnx.Module.perturb` adds one to a value with ``+``. Where the value is a pytree, what is taken
-    from here adds leaf by leaf.
-    """
-
-    def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        return value if jax.tree_util.all_leaves([value]) else _Addend(value)
-
-    def tree_flatten_with_keys(self) -> tuple[list[Any], tuple[str, ...]]:
-        names = tuple(sorted(self))
-        return [(jax.tree_util.DictKey(n), dict.__getitem__(self, n)) for n in names], names
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], values: Sequence[Any]) -> "Addends":
-        return cls(zip(names, values, strict=True))
-
-
-class _Addend:
-    """A pytree that is added to another one leaf by leaf."""
-
-    def __init__(self, tree: Any) -> None:
-        self._tree = tree
-
-    def __add__(self, other: Any) -> Any:
-        return jax.tree.map(jnp.add, self._tree, other)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 
 import lifted
 import nnx_bridge
@@ -210,3 +211,32 @@ def test_as_a_decorator() -> None:
 def test_what_is_no_module_is_named() -> None:
     with pytest.raises(TypeError, match="first argument .* must be an nnx.Module, got int"):
         nnx_bridge.capture(lambda x: x, nnx.Intermediate)(3)
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, jax.jit, jax.jacfwd])
+def test_a_jax_transform_that_closes_over_the_module(transform: Callable[..., Any]) -> None:
+    class Sower(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "x", x)
+            return x
+
+    call = lambda mdl, x: transform(lambda x: mdl(x))(x)  # noqa: E731
+    with pytest.raises(TraceContextError, match="'x' is recorded inside a JAX transform"):
+        nnx_bridge.capture(call, nnx.Intermediate)(Sower(), normal(3))
+
+
+def test_a_broadcast_module_needs_an_axis_for_what_it_records() -> None:
+    def mapped(axes: Any) -> Callable[..., Any]:
+        model = block()
+        model.eval()
+        call = nnx.vmap(lambda mdl, x: mdl(x), in_axes=(axes, 0))
+        types = (nnx.Intermediate, nnx.Perturbation)
+        return lambda x: nnx_bridge.capture(call, *types)(model, x)
+
+    x = normal(5, 2, 3)
+    with pytest.raises(ValueError) as caught:
+        mapped(None)(x)
+    assert "Say where the mapped axis of recorded values goes" in "".join(caught.value.__notes__)
+    _, sown, zeros = mapped(nnx.StateAxes({(nnx.Intermediate, nnx.Perturbation): 0, ...: None}))(x)
+    assert_trees_equal(sown["input"].get_value(), (x,))
+    assert zeros["hidden"].get_value().shape == x.shape
