@@ -4,12 +4,13 @@ In each round every contestant runs once, in an order that rotates, and each tim
 of the baseline in the same round. A slow spell of the machine hits a whole round, not a contestant.
 """
 
+import contextlib
 import gc
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -53,20 +54,35 @@ def interleaved(
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in track(range(-2, rounds), description=f"{title:<44}"):
-        gc.collect()
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = clock()
-            jax.block_until_ready(contestants[name]())
-            if i >= 0:
-                times[name].append(clock() - start)
+    with _no_collections() as collect:
+        for i in track(range(-2, rounds), description=f"{title:<44}"):
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                collect()
+                start = clock()
+                jax.block_until_ready(contestants[name]())
+                if i >= 0:
+                    times[name].append(clock() - start)
     ratios = {}
     for name in names:
         of_rounds = [t / b for t, b in zip(times[name], times[baseline], strict=True)]
         low, median, high = statistics.quantiles(of_rounds, n=4)
         ratios[name] = Ratio(median, low, high)
     return ratios, statistics.median(times[baseline])
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[Callable[[], object]]:
+    """Garbage is collected only where the function that is yielded is called: a collection takes as
+    long as a contestant, and hits whichever is running."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def setting() -> str:
