@@ -68,6 +68,11 @@ class Group(Protocol):
         """The variables among ``updates``, to differentiate them."""
 
     @staticmethod
+    def visible_for(tangents: Any) -> Filter:
+        """A filter of the variables that have to be visible for one target's tangents, in any form
+        that the user may choose."""
+
+    @staticmethod
     def as_variables(tangents: Sequence[Any], variables: Sequence[Variables]) -> list[Any]:
         """Tangents of ``variables``, given in any form that the user may choose, in the form of
         ``variables``."""
