@@ -213,4 +213,8 @@ def _filled(tree: Any, value: Any) -> Any:
     return jax.tree.map(lambda _: value, tree)
 
 
-register_group(lambda x: isinstance(x, (nnx.Pytree, nnx.Variable)), NNXGroup)
+register_group(
+    lambda x: isinstance(x, (nnx.Pytree, nnx.Variable)),
+    NNXGroup,
+    is_value=lambda x: isinstance(x, (nnx.State, nnx.Variable)),
+)
