@@ -17,7 +17,7 @@ import numpy as np
 from lifted._closures import watched
 from lifted._errors import describe, dtype_of, is_array, path_text, suggestion
 from lifted._functional import Functional, functionalize
-from lifted._group import Filter, Updates, Variables, is_target
+from lifted._group import Filter, Updates, Variables, is_target, is_value, leaves
 from lifted._inputs import Inputs
 from lifted._trees import structure
 
@@ -55,8 +55,8 @@ class Call:
         """
         functional = functionalize(mdl, variables=variables, frozen=frozen, rngs=rngs)
         fn = _unbound(name, fn, mdl)
-        for i, leaf in enumerate(primals):
-            if any(map(is_target, jax.tree.leaves(leaf, is_leaf=is_target))):
+        for i, primal in enumerate(primals):
+            if any(map(is_target, leaves(primal))):
                 raise TypeError(
                     f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be "
                     f"a pytree: lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
@@ -124,7 +124,7 @@ def split_aux(name: str, out: Any, has_aux: bool) -> tuple[Any, Any]:
     Raises:
       TypeError: ``fn`` returned a module, or no pair though ``has_aux`` says so.
     """
-    if any(map(is_target, jax.tree.leaves(out, is_leaf=is_target))):
+    if any(is_target(x) and not is_value(x) for x in leaves(out)):
         raise TypeError(
             f"{name}: fn returned a module or a scope; return the arrays that are wanted of it."
         )

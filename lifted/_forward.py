@@ -1,7 +1,7 @@
 """Forward mode: `jvp` and `linearize`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from lifted._engine import Call, check_selects
 from lifted._errors import describe
 from lifted._functional import Functional, Structure
-from lifted._group import Filter, Updates, Variables, is_target
+from lifted._group import Filter, Updates, Variables, group_of, is_target
 from lifted._inputs import Inputs, Layout, Selection, is_differentiable, zeros_float0
 from lifted._tangents import match_tangents
 from lifted._trees import structure
@@ -47,15 +47,18 @@ class Direction:
             )
         return cls(tuple(primals), tuple(tangents), variable_tangents)
 
-    def collections(self, mdl: Any) -> tuple[str, ...]:
-        """Names of the collections that have tangents: these are visible whatever the filter of
+    def visible(self, mdl: Any) -> tuple[Filter, ...]:
+        """Filters of the variables that have tangents: these are visible whatever the filter of
         variables says."""
-        treedef: Any = jax.tree.structure(mdl, is_leaf=is_target)
+        targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
         try:
-            trees = treedef.flatten_up_to(self.variable_tangents)
+            trees = treedef.flatten_up_to(self.variable_tangents)  # type: ignore[attr-defined]
         except (ValueError, TypeError):  # Told when the tangents are matched.
             return ()
-        return tuple({str(key) for tree in trees if isinstance(tree, Mapping) for key in tree})
+        kinds = map(group_of, targets)
+        return tuple(
+            kind.visible_for(tree) for kind, tree in zip(kinds, trees, strict=True) if kind
+        )
 
     def match(self, functional: Functional, variables: Variables, partial: bool) -> list[Any]:
         """The tangent of each leaf of ``(variables, primals)``, None for zero."""
@@ -148,9 +151,9 @@ def jvp(
     https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
     direction = Direction.make("jvp", primals, tangents, variable_tangents)
-    collections = direction.collections(mdl)
+    visible = direction.visible(mdl)
     call = Call.make(
-        "jvp", fn, mdl, primals, has_aux=has_aux, variables=variables, frozen=collections, rngs=rngs
+        "jvp", fn, mdl, primals, has_aux=has_aux, variables=variables, frozen=visible, rngs=rngs
     )
 
     def attempt(variables: Variables) -> tuple[Any, Updates]:
@@ -179,7 +182,7 @@ def jvp(
             result = (*result, structure(call.functional.written(updates)).unflatten(leaves))
         return result, updates
 
-    return call.finish(attempt, collections, direction.validate(call.functional))
+    return call.finish(attempt, visible, direction.validate(call.functional))
 
 
 def linearize(

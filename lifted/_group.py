@@ -10,6 +10,8 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
+
 from lifted._errors import Path
 
 Variables = Any
@@ -68,6 +70,11 @@ class Group(Protocol):
         """The variables among ``updates``, to differentiate them."""
 
     @staticmethod
+    def visible_for(tangents: Any) -> Filter:
+        """A filter of the variables that have to be visible for one target's tangents, in any form
+        that the user may choose."""
+
+    @staticmethod
     def as_variables(tangents: Sequence[Any], variables: Sequence[Variables]) -> list[Any]:
         """Tangents of ``variables``, given in any form that the user may choose, in the form of
         ``variables``."""
@@ -80,12 +87,22 @@ class Group(Protocol):
 
 
 _groups: list[tuple[Callable[[Any], bool], type[Group]]] = []
+_are_values: list[Callable[[Any], bool]] = []
 _entry_points_loaded = False
 
 
-def register_group(is_target: Callable[[Any], bool], group: type[Group]) -> None:
-    """Makes the objects for which ``is_target`` holds targets that ``group`` functionalises."""
+def register_group(
+    is_target: Callable[[Any], bool],
+    group: type[Group],
+    is_value: Callable[[Any], bool] = lambda x: False,
+) -> None:
+    """Makes the objects for which ``is_target`` holds targets that ``group`` functionalises.
+
+    Pytrees for which ``is_value`` holds are values, like arrays, though they may hold targets or be
+    ones: functions return them, and gradients are such.
+    """
     _groups.append((is_target, group))
+    _are_values.append(is_value)
 
 
 def group_of(x: Any) -> type[Group] | None:
@@ -108,3 +125,13 @@ def load_entry_points() -> None:
 def is_target(x: Any) -> bool:
     """Whether ``x`` is a module or a scope of a known kind."""
     return group_of(x) is not None
+
+
+def is_value(x: Any) -> bool:
+    """Whether ``x`` is a value of a kind of its own, such as an `nnx.State`."""
+    return any(is_value(x) for is_value in _are_values)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The arrays, targets and values in ``tree``."""
+    return jax.tree.leaves(tree, is_leaf=lambda x: is_target(x) or is_value(x))

@@ -67,7 +67,7 @@ def hvp(
     1994.
     """
     direction = Direction.make("hvp", primals, tangents, variable_tangents)
-    collections = direction.collections(mdl)
+    visible = direction.visible(mdl)
     call = Call.make(
         "hvp",
         fn,
@@ -75,7 +75,7 @@ def hvp(
         primals,
         has_aux=has_aux,
         variables=variables,
-        frozen=(*collections, grad_variables),
+        frozen=(*visible, grad_variables),
         rngs=rngs,
     )
     selection = Selection.make("hvp", grad_variables, argnums, call.primals)

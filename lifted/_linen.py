@@ -11,7 +11,7 @@ it stand below the name of the attribute, where they would stand if the target o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -174,6 +174,10 @@ class LinenGroup:
 
     def written(self, updates: LinenUpdates) -> list[Collections]:
         return self._by_target(updates.variables)
+
+    @staticmethod
+    def visible_for(tangents: Any) -> Filter:
+        return tuple(map(str, tangents)) if isinstance(tangents, Mapping) else False
 
     @staticmethod
     def as_variables(tangents: Sequence[Any], variables: Sequence[Collections]) -> list[Any]:

@@ -10,9 +10,8 @@ The variables of a target are an `nnx.State`, as `nnx.state` gives it. A Variabl
 targets hold belongs to the first.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +19,15 @@ from flax import nnx
 from flax.core import DenyList
 from flax.core.scope import in_filter
 
-from lifted._errors import Path, path_text, suggestion
+from lifted._errors import Path
 from lifted._group import Filter, register_group
-from lifted._inputs import is_differentiable
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import collection_name, linen_path
+from nnx_bridge._collections import collection_name
 from nnx_bridge._filters import to_predicate
+from nnx_bridge._hidden import without
 from nnx_bridge._snapshot import Snapshot
+from nnx_bridge._tangents import as_state, visible_for
 
 
 @jax.tree_util.register_dataclass
@@ -84,8 +84,9 @@ class NNXGroup:
         fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
         copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
         snapshot = Snapshot(nodes)
-        with _without(copies, self._hidden):
-            y = body(list(copies))
+        targets = list(copies)
+        with without(targets, self._hidden):
+            y = body(targets)
         if snapshot.holds():
             return y, NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
         return y, self._regraph(leaves, copies, indices)
@@ -129,8 +130,12 @@ class NNXGroup:
         return updates.changed
 
     @staticmethod
+    def visible_for(tangents: Any) -> Filter:
+        return visible_for(tangents)
+
+    @staticmethod
     def as_variables(tangents: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        return [_as_state(t, v) for t, v in zip(tangents, variables, strict=True)]
+        return [as_state(t, v) for t, v in zip(tangents, variables, strict=True)]
 
     def per_scope(self, tree: list[Any]) -> list[Any]:
         return tree
@@ -208,83 +213,8 @@ def _filled(tree: Any, value: Any) -> Any:
     return jax.tree.map(lambda _: value, tree)
 
 
-@contextlib.contextmanager
-def _without(copies: Any, hidden: Sequence[Path]) -> Iterator[None]:
-    """Takes what is hidden off its modules for the time of the call."""
-    taken = []
-    for path in hidden:
-        owner = copies
-        for key in path[:-1]:
-            owner = owner[key] if isinstance(key, int) else getattr(owner, key)
-        attributes = vars(owner)
-        taken.append((attributes, str(path[-1]), attributes.pop(str(path[-1]))))
-    try:
-        yield
-    finally:
-        for attributes, name, value in taken:
-            attributes.setdefault(name, value)
-
-
-def _as_state(tangents: Any, variables: Any) -> Any:
-    """Tangents in the form of ``variables``, from any form in which they may be given."""
-    if isinstance(tangents, nnx.Pytree):
-        return _of_module(tangents, variables)
-    if not isinstance(variables, nnx.State) or not isinstance(tangents, Mapping):
-        return tangents
-    if isinstance(tangents, nnx.State) or not _is_linen(tangents, variables):
-        return tangents
-    rest = {path: value for path, value in _flatten(tangents)}
-    found = {}
-    for path, variable in nnx.to_flat_state(variables):
-        if isinstance(variable, nnx.Variable):
-            linen = tuple(map(str, linen_path(path, variable)))
-            if linen in rest:
-                found[path] = rest.pop(linen)
-    if rest:
-        known = ["/".join(map(str, linen_path(p, v))) for p, v in nnx.to_flat_state(variables)]
-        unknown = path_text(next(iter(rest)))
-        raise ValueError(
-            f"variable_tangents/{unknown}: a tangent is given, but there is no such Variable; "
-            f"{suggestion(unknown, known)}."
-        )
-    return nnx.from_flat_state(list(found.items())) if found else nnx.State({})
-
-
-def _of_module(tangents: nnx.Pytree, variables: Any) -> nnx.State:
-    """Tangents in a copy of the module, as `jax.tree.map` makes it.
-
-    The copy has a Variable of its own at each place of one that the module shares; the first
-    counts.
-    """
-    given = dict(nnx.to_flat_state(nnx.state(tangents)))
-    wanted = [
-        path
-        for path, leaf in nnx.to_flat_state(variables)
-        if any(map(is_differentiable, jax.tree.leaves(leaf)))
-    ]
-    for path in wanted:
-        if path not in given:
-            raise ValueError(
-                f"variable_tangents: {type(tangents).__name__} is given as tangents of a module, "
-                "but it "
-                f"has no {path_text(path)}; {suggestion(path_text(path), map(path_text, given))}. "
-                "For "
-                "tangents of some of the Variables give an nnx.State or {'params': {...}}."
-            )
-    return nnx.from_flat_state([(path, given[path]) for path in wanted])
-
-
-def _is_linen(tangents: Mapping[Any, Any], variables: nnx.State) -> bool:
-    """Whether the keys are names of collections, not of attributes."""
-    return not all(key in variables for key in tangents)
-
-
-def _flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, str(key)))
-        elif value is not None:
-            yield (*path, str(key)), value
-
-
-register_group(lambda x: isinstance(x, (nnx.Pytree, nnx.Variable)), NNXGroup)
+register_group(
+    lambda x: isinstance(x, (nnx.Pytree, nnx.Variable)),
+    NNXGroup,
+    is_value=lambda x: isinstance(x, (nnx.State, nnx.Variable)),
+)

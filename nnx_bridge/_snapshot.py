@@ -33,9 +33,15 @@ def _contents(node: Any) -> dict[str, Any]:
 
 def _shallow(value: Any) -> Any:
     """A container, which may be changed in place, as a copy; anything else as it is."""
-    if type(value) in (dict, list):
+    if type(value) in (dict, list) or _holds_container(value):
         return jax.tree.map(lambda x: x, value, is_leaf=_is_node)
     return value
+
+
+def _holds_container(value: Any) -> bool:
+    return type(value) is tuple and any(
+        type(x) in (dict, list) or _holds_container(x) for x in value
+    )
 
 
 def _is_node(x: Any) -> bool:
@@ -49,6 +55,6 @@ def _same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def _same_container(before: Any, after: Any) -> bool:
-    if type(before) is not type(after) or type(before) not in (dict, list):
+    if type(before) is not type(after) or type(before) not in (dict, list, tuple):
         return False
     return identical(before, after, is_leaf=_is_node)

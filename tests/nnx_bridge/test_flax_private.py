@@ -1,11 +1,176 @@
-"""The undocumented parts of Flax NNX that `nnx_bridge` uses do what it relies on."""
+"""The undocumented parts of Flax NNX that `nnx_bridge` uses do what it relies on.
+
+A failure here means that Flax changed; what else fails then is a consequence.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import pytest
+from flax import nnx
 
 from nnx_bridge import _flax_private
+from tests.nnx_bridge import models
+
+
+def test_flatten_lists_the_variables_themselves_each_once() -> None:
+    mdl = models.make(models.Shared)
+    _, paths, leaves, _ = _flax_private.flatten(mdl)
+    assert paths == sorted(paths)
+    assert {id(leaf) for leaf in leaves} == {
+        id(mdl.first.kernel),
+        id(mdl.first.bias),
+        id(mdl.tied.bias),
+    }
+
+
+def test_flatten_of_a_tuple_puts_the_place_first() -> None:
+    shared = nnx.Param(jnp.ones(3))
+    _, paths, leaves, _ = _flax_private.flatten((models.make(models.MLP), shared, shared))
+    assert paths[-1] == (1,)
+    assert leaves[-1] is shared
+    assert {path[0] for path in paths} == {0, 1}
+
+
+def test_flatten_takes_bare_arrays_and_cycles() -> None:
+    mdl = models.make(models.Cyclic)
+    mdl.buffer = nnx.data(jnp.ones(3))
+    _, paths, leaves, _ = _flax_private.flatten(mdl)
+    assert leaves[paths.index(("buffer",))] is mdl.buffer
+
+
+def test_unflatten_uses_the_given_variables_in_new_modules() -> None:
+    mdl = models.make(models.Cyclic)
+    graphdef, _, leaves, _ = _flax_private.flatten(mdl)
+    copy, nodes, _ = _flax_private.unflatten(graphdef, leaves)
+    assert copy.child.kernel is mdl.child.kernel
+    assert copy.child is not mdl.child
+    assert copy.child.parent is copy
+    assert {id(copy), id(copy.child)} <= {id(node) for node in nodes}
+
+
+def test_the_nodes_of_unflatten_include_lists_and_dicts_of_nnx() -> None:
+    graphdef, _, leaves, _ = _flax_private.flatten(models.make(models.Containers))
+    copy, nodes, _ = _flax_private.unflatten(graphdef, leaves)
+    assert {id(copy.items), id(copy.named), id(copy.chain)} <= {id(node) for node in nodes}
+
+
+def test_a_changed_copy_brings_the_original_to_its_state() -> None:
+    mdl = models.make(models.MLP)
+    first, second, kernel = mdl.first, mdl.second, mdl.second.kernel
+    graphdef, _, leaves, indices = _flax_private.flatten(mdl)
+    copy, _, copied = _flax_private.unflatten(graphdef, jax.tree.map(lambda x: x, leaves))
+    copy.first, copy.second = copy.second, copy.first
+    copy.first.extra = nnx.Param(jnp.ones(3))
+    copy.calls = 1
+    del copy.second.bias
+    _, _, after, _ = _flax_private.flatten(copy)
+    _flax_private.update_graph(_flax_private.flatten_copy(copy, copied), after, indices)
+    assert (mdl.first, mdl.second, mdl.calls) == (second, first, 1)
+    assert mdl.first.kernel is kernel
+    assert mdl.first.extra is copy.first.extra  # The leaves themselves are used.
+    assert not hasattr(mdl.second, "bias")
+
+
+def test_attributes_leave_out_the_books_of_nnx() -> None:
+    assert set(_flax_private.attributes(models.make(models.MLP))) == {"first", "second"}
+    mdl = models.make(models.Containers)
+    assert _flax_private.attributes(mdl.items)["0"] is mdl.items[0]
+    assert _flax_private.attributes(mdl.named)["a"] is mdl.named["a"]
+
+
+def test_attributes_are_those_that_can_be_written() -> None:
+    """`nnx_bridge._hidden` takes attributes from `vars` and puts them back."""
+    mdl = models.make(models.Containers)
+    kernel = vars(mdl.items[0]).pop("kernel")
+    assert not hasattr(mdl.items[0], "kernel")
+    vars(mdl.items[0])["kernel"] = kernel
+    assert mdl.items[0].kernel is kernel
+
+
+def test_the_stream_of_rng_state() -> None:
+    rngs = nnx.Rngs(0, noise=1)
+    assert _flax_private.rng_stream(rngs.noise.key) == "noise"
+    assert _flax_private.rng_stream(rngs.noise.count) == "noise"
+    assert _flax_private.rng_stream(rngs.default.key) == "default"
+    assert _flax_private.rng_stream(nnx.Param(1.0)) is None
+    forked = rngs.fork()
+    assert _flax_private.rng_stream(forked.noise.count) == "noise"
+
+
+class Sower(nnx.Module):
+    def __call__(self, x: Any) -> Any:
+        self.sow(nnx.Intermediate, "x", x)
+        return self.perturb("y", x)
+
+
+def _context() -> tuple[nnx.Variable[Any], nnx.Variable[Any]]:
+    return nnx.Intermediate({}), nnx.Perturbation({})
+
+
+def test_sow_and_perturb_find_the_variables_of_a_context() -> None:
+    mdl, (sown, perturbed) = Sower(), _context()
+    with _flax_private.captures(mdl, (sown, perturbed)):
+        mdl(3.0)
+    assert sown.get_raw_value() == {"x": (3.0,)}
+    assert set(perturbed.get_raw_value()) == {"y"}
+
+
+def test_a_context_ends_when_it_raises() -> None:
+    mdl = Sower()
+    with pytest.raises(RuntimeError), _flax_private.captures(mdl, _context()):
+        raise RuntimeError
+    assert not _flax_private.attributes(mdl)
+
+
+def test_an_inner_context_leaves_other_types_to_the_outer_one() -> None:
+    mdl, (sown, perturbed), inner = Sower(), _context(), nnx.Intermediate({})
+    with _flax_private.captures(mdl, (sown, perturbed)):
+        with _flax_private.captures(mdl, (inner,)):
+            mdl(3.0)
+        mdl(4.0)
+    assert inner.get_raw_value() == {"x": (3.0,)}
+    assert sown.get_raw_value() == {"x": (4.0,)}
+    assert set(perturbed.get_raw_value()) == {"y"}
+
+
+def test_a_context_is_that_of_flax() -> None:
+    def inside(mdl: Sower) -> Any:
+        return [type(v) for v in vars(mdl)["__captures__"]]
+
+    mdl = Sower()
+    types, _ = nnx.capture(inside, nnx.Intermediate)(mdl)
+    assert types == [nnx.Intermediate]
+
+
+def test_a_write_in_another_trace_is_an_error() -> None:
+    """`publish` finds out before it writes anything, by writing what is there already."""
+    variable = nnx.Param(jnp.ones(3))
+
+    def write(x: jax.Array) -> jax.Array:
+        variable.set_raw_value(variable.get_raw_value())
+        return x
+
+    with pytest.raises(Exception, match="different trace level"):
+        jax.jit(write)(1.0)
+
+
+def test_a_variable_takes_value_and_metadata_of_another() -> None:
+    variable, other = nnx.Param(jnp.zeros(3)), nnx.Param(jnp.ones(3), unit="m")
+    variable.update_from_state(other)
+    assert variable.get_raw_value() is other.get_raw_value()
+    assert variable.unit == "m"
+
+
+def test_a_variable_that_jax_takes_apart_and_puts_together_is_a_new_one() -> None:
+    variable = nnx.Param(jnp.ones(3), unit="m")
+    copy = jax.tree.map(lambda x: x, variable)
+    assert copy is not variable
+    assert copy.get_raw_value() is variable.get_raw_value()
+    assert copy.unit == "m"
 
 
 def test_the_state_is_that_of_the_transform_in_progress() -> None:

@@ -1,0 +1,90 @@
+"""Tangents of NNX Variables in the forms in which users have them, as an `nnx.State`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lifted._errors import Path, path_text, suggestion
+from lifted._group import Filter
+from lifted._inputs import is_differentiable
+from nnx_bridge._collections import collection_name, linen_path
+
+
+def visible_for(tangents: Any) -> Filter:
+    """A filter of the Variables that ``tangents`` may be of: as in Linen, all of a collection, or
+    of a submodule, where one has a tangent."""
+    if isinstance(tangents, nnx.Variable | nnx.Pytree) and not isinstance(tangents, Mapping):
+        return True
+    if not isinstance(tangents, Mapping):
+        return tangents is not None
+    keys = frozenset(tangents)
+
+    def chosen(path: Path, leaf: Any) -> bool:
+        named = isinstance(leaf, nnx.Variable) and collection_name(type(leaf)) in keys
+        return named or bool(path) and path[0] in keys
+
+    return chosen
+
+
+def as_state(tangents: Any, variables: Any) -> Any:
+    """Tangents in the form of ``variables``, from any form in which they may be given."""
+    if isinstance(tangents, nnx.Pytree):
+        return _of_module(tangents, variables)
+    if not isinstance(variables, nnx.State) or not isinstance(tangents, Mapping):
+        return tangents
+    if isinstance(tangents, nnx.State) or not _is_linen(tangents, variables):
+        return tangents
+    rest = {path: value for path, value in _flatten(tangents)}
+    found = {}
+    for path, variable in nnx.to_flat_state(variables):
+        if isinstance(variable, nnx.Variable):
+            linen = tuple(map(str, linen_path(path, variable)))
+            if linen in rest:
+                found[path] = rest.pop(linen)
+    if rest:
+        known = ["/".join(map(str, linen_path(p, v))) for p, v in nnx.to_flat_state(variables)]
+        unknown = path_text(next(iter(rest)))
+        raise ValueError(
+            f"variable_tangents/{unknown}: a tangent is given, but there is no such Variable; "
+            f"{suggestion(unknown, known)}."
+        )
+    return nnx.from_flat_state(list(found.items())) if found else nnx.State({})
+
+
+def _of_module(tangents: nnx.Pytree, variables: Any) -> nnx.State:
+    """Tangents in a copy of the module, as `jax.tree.map` makes it.
+
+    The copy has a Variable of its own at each place of one that the module shares; the first
+    counts.
+    """
+    given = dict(nnx.to_flat_state(nnx.state(tangents)))
+    wanted = [
+        path
+        for path, leaf in nnx.to_flat_state(variables)
+        if any(map(is_differentiable, jax.tree.leaves(leaf)))
+    ]
+    for path in wanted:
+        if path not in given:
+            raise ValueError(
+                f"variable_tangents: {type(tangents).__name__} is given as tangents of a module, "
+                "but it "
+                f"has no {path_text(path)}; {suggestion(path_text(path), map(path_text, given))}. "
+                "For "
+                "tangents of some of the Variables give an nnx.State or {'params': {...}}."
+            )
+    return nnx.from_flat_state([(path, given[path]) for path in wanted])
+
+
+def _is_linen(tangents: Mapping[Any, Any], variables: nnx.State) -> bool:
+    """Whether the keys are names of collections, not of attributes."""
+    return not all(key in variables for key in tangents)
+
+
+def _flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*path, str(key)))
+        elif value is not None:
+            yield (*path, str(key)), value
