@@ -20,7 +20,7 @@ from rich.progress import track
 
 @dataclass(frozen=True)
 class Ratio:
-    """Times of a contestant as multiples of the baseline's.
+    """Times of a contestant, or its bytes, as multiples of the baseline's.
 
     Attributes:
       median: median over the rounds.
@@ -32,7 +32,14 @@ class Ratio:
     low: float
     high: float
 
+    @classmethod
+    def exact(cls, value: float) -> "Ratio":
+        """A ratio that does not vary from round to round, such as one of bytes."""
+        return cls(value, value, value)
+
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.3f}"
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 

@@ -22,7 +22,7 @@ class _Row:
     name: str
     baseline: str
     ratio: Ratio
-    seconds: float
+    seconds: float | None
     claim: float | None
 
     @property
@@ -30,8 +30,9 @@ class _Row:
         return self.claim is None or self.ratio.median <= self.claim
 
     def cells(self) -> tuple[str, ...]:
-        claim = "" if self.claim is None else f"≤ {self.claim} {'✓' if self.holds else '✗'}"
-        milliseconds = f"{self.seconds * 1e3:.1f}" if self.name == self.baseline else ""
+        claim = "" if self.claim is None else f"≤ {self.claim:.4g} {'✓' if self.holds else '✗'}"
+        timed = self.seconds is not None and self.name == self.baseline
+        milliseconds = f"{self.seconds * 1e3:.1f}" if timed else ""
         return (self.what, self.name, self.baseline, str(self.ratio), milliseconds, claim)
 
 
@@ -54,10 +55,19 @@ class Table:
         name: str,
         baseline: str,
         ratio: Ratio,
-        seconds: float,
+        seconds: float | None = None,
         claim: float | None = None,
     ) -> None:
-        """Adds a contestant; ``claim`` is the largest ratio that we promise for it."""
+        """Adds a contestant.
+
+        Args:
+          what: the task; rows of one task stand together.
+          name: of the contestant.
+          baseline: of the ratio: the name of another contestant, or what the unit is.
+          ratio: what was measured.
+          seconds: time of the baseline; None where it is not time that is measured.
+          claim: the largest ratio that we promise.
+        """
         self.rows.append(_Row(what, name, baseline, ratio, seconds, claim))
 
     @property
@@ -97,8 +107,9 @@ class Table:
             if row.claim is not None:
                 axes.plot([row.claim] * 2, [i - 0.4, i + 0.4], color="tab:red")
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlim(left=min(0.9, *medians))
+        axes.set_xlim(left=0.95 * min(0.95, *medians))
+        axes.margins(y=0.5 / len(rows))
         axes.set_xlabel("times the baseline (red: what is claimed)")
-        axes.set_title(self.title, fontsize=10)
+        figure.suptitle(self.title, fontsize=10)
         figure.savefig(RESULTS / f"{self.name}.png", dpi=120)
         plt.close(figure)

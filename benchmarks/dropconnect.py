@@ -1,62 +1,44 @@
 """Time and memory of DropConnect against a plain linear layer.
 
-Every rule is compiled once and then run in turn, in a new order each round, so that whatever else
-the machine does falls on all alike.  The ratio of a rule is the median over rounds of its time over
-that of `nnx.Linear` in the same round.  Memory is read off the compiled program.
-
 Rules: `nnx.Linear`; the published DropConnect (a 32-bit `jax.random.bernoulli` draw for each
 weight, and a product); `nnx.Dropout` on the activations; and `DropConnectLinear` with each
-generator.  Before anything is timed, each rule's result is checked against its mask written out.
-
-    python benchmarks/dropconnect.py                            # prints the table
-    python benchmarks/dropconnect.py --save benchmarks/results  # and keeps it, with a plot
+generator. Before anything is timed, each generator's layer is checked against its mask written out.
+Memory is read off the compiled programs.
 """
 
-import argparse
-import os
-import pathlib
-import platform
-import random
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import layers
+from benchmarks._measure import Ratio, interleaved
+from benchmarks._results import Table
 
 RATE = 0.25
-LIMITS = {  # ratios that the package promises on CPU: (forward, forward and backward)
-    ("default", 32): (4.0, 1.8),
-    ("default", 256): (1.7, 1.3),
-    ("default", 1024): (1.3, 1.1),
-    ("fast", 32): (1.3, None),
-    ("fast", 256): (1.15, None),
-    ("fast", 1024): (1.1, None),
-}
+SIDE = 1024
+BATCHES = (32, 256, 1024)
+PASSES = ("forward", "forward and backward")
+GENERATORS = ("default", "fast", "bernoulli")
+PLAIN = "nnx.Linear"
+
+# Times that are promised on CPU, by batch: (default forward, default both, fast forward).
+TIME_CLAIMS = {32: (4.0, 1.8, 1.3), 256: (1.7, 1.3, 1.15), 1024: (1.3, 1.1, 1.1)}
+# Beyond the plain layer, in kernels: one masked kernel, and where bits are stored, one a weight.
+MEMORY_CLAIMS = {"default": 1.0 + 1 / 32, "fast": 1.0}
+PER_EXAMPLE_CLAIM = 1.25
+_SLACK = 1024 / (4 * SIDE * SIDE)  # a key and a few scalars, in kernels
+
+Program = Callable[..., Any]
 
 
-class Row(NamedTuple):
-    batch: int
-    mode: str
-    rule: str
-    milliseconds: float
-    ratio: float
-    low: float
-    high: float
-    kernels: float  # temporary memory beyond plain, in kernels
-    limit: float | None
-
-
-class Published(nnx.Module):
+class _Published(nnx.Module):
     """A Boolean mask from `jax.random.bernoulli`, multiplied in; not rescaled."""
 
-    def __init__(self, linear: nnx.Linear):
+    def __init__(self, linear: nnx.Linear) -> None:
         self.linear = linear
 
     def __call__(self, x: jax.Array, *, rngs: jax.Array) -> jax.Array:
@@ -65,18 +47,18 @@ class Published(nnx.Module):
         return x @ (kernel * mask) + self.linear.bias[...]
 
 
-class Dropped(nnx.Module):
+class _Dropped(nnx.Module):
     """Dropout of the inputs, then the plain layer."""
 
-    def __init__(self, linear: nnx.Linear):
+    def __init__(self, linear: nnx.Linear) -> None:
         self.linear, self.dropout = linear, nnx.Dropout(RATE)
 
     def __call__(self, x: jax.Array, *, rngs: jax.Array) -> jax.Array:
         return self.linear(self.dropout(x, rngs=rngs))
 
 
-class Plain(nnx.Module):
-    def __init__(self, linear: nnx.Linear):
+class _Plain(nnx.Module):
+    def __init__(self, linear: nnx.Linear) -> None:
         self.linear = linear
 
     def __call__(self, x: jax.Array, *, rngs: jax.Array) -> jax.Array:
@@ -84,191 +66,118 @@ class Plain(nnx.Module):
         return self.linear(x)
 
 
-def build(side: int) -> dict[str, nnx.Module]:
-    linear = nnx.Linear(side, side, rngs=nnx.Rngs(0))
+def _rules() -> dict[str, nnx.Module]:
+    linear = nnx.Linear(SIDE, SIDE, rngs=nnx.Rngs(0))
     rules: dict[str, nnx.Module] = {
-        "nnx.Linear": Plain(linear),
-        "published": Published(linear),
-        "nnx.Dropout": Dropped(linear),
+        PLAIN: _Plain(linear),
+        "published": _Published(linear),
+        "nnx.Dropout": _Dropped(linear),
     }
-    for generator in ("default", "fast", "bernoulli"):
+    for generator in GENERATORS:
         rules[generator] = layers.DropConnectLinear(linear, RATE, generator=generator)
     if jax.default_backend() != "cpu":
         rules["fused"] = layers.DropConnectLinear(linear, RATE, generator="fast", fused=True)
     return rules
 
 
-def functions(rule: nnx.Module, mode: str) -> Callable[..., Any]:
-    graphdef = nnx.graphdef(rule)
+def _compiled(rule: nnx.Module, direction: str, batch: int) -> tuple[Any, tuple[Any, ...]]:
+    """The program of one pass, and its arguments."""
+    graphdef, state = nnx.split(rule)
+    x, cotangent = jax.random.normal(jax.random.key(1), (2, batch, SIDE))
 
     def forward(state: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(x, rngs=key)
 
-    if mode == "forward":
-        return forward
-
     def loss(state: Any, x: jax.Array, key: jax.Array, cotangent: jax.Array) -> jax.Array:
         return (forward(state, x, key) * cotangent).sum()
 
-    return jax.grad(loss, argnums=(0, 1))
+    args = (state, x, jax.random.key(2))
+    program: Program = forward
+    if direction != "forward":
+        program, args = jax.grad(loss, argnums=(0, 1)), (*args, cotangent)
+    return jax.jit(program).lower(*args).compile(), args
 
 
-def check(rules: dict[str, nnx.Module], x: jax.Array, key: jax.Array) -> None:
-    """Every generator's layer against its mask written out."""
-    for generator in ("default", "fast", "bernoulli"):
-        layer = rules[generator]
+def _check(rules: dict[str, nnx.Module]) -> None:
+    x, key = jax.random.normal(jax.random.key(1), (8, SIDE)), jax.random.key(2)
+    for generator in GENERATORS:
+        layer: Any = rules[generator]
         mask = layers.keep_mask(key, layer.kernel.shape, RATE, generator=generator)
         kernel = jnp.where(mask, layer.kernel[...] / (1 - RATE), 0)
-        np.testing.assert_allclose(
-            layer(x, rngs=key), x @ kernel + layer.bias[...], rtol=1e-4, atol=1e-4
+        expected = x @ kernel + layer.bias[...]
+        np.testing.assert_allclose(layer(x, rngs=key), expected, rtol=1e-4, atol=1e-4)
+
+
+def _time_claim(name: str, direction: str, batch: int) -> float | None:
+    if jax.default_backend() != "cpu":
+        return None
+    forward, both, fast = TIME_CLAIMS[batch]
+    if direction == "forward":
+        return {"default": forward, "fast": fast}.get(name)
+    return both if name == "default" else None
+
+
+def _add_pass(table: Table, direction: str, batch: int, rounds: int) -> None:
+    compiled = {name: _compiled(rule, direction, batch) for name, rule in _rules().items()}
+    contestants = {
+        name: lambda program=program, args=args: program(*args)
+        for name, (program, args) in compiled.items()
+    }
+    what = f"{direction}, batch {batch}"
+    ratios, seconds = interleaved(contestants, PLAIN, rounds, what)
+    for name, ratio in ratios.items():
+        table.add(what, name, PLAIN, ratio, seconds, _time_claim(name, direction, batch))
+    if batch == max(BATCHES):
+        _add_memory(table, direction, {name: program for name, (program, _) in compiled.items()})
+
+
+def _add_memory(table: Table, direction: str, programs: dict[str, Any]) -> None:
+    plain = _temporaries(programs[PLAIN])
+    for name in ("published", *GENERATORS):
+        kernels = (_temporaries(programs[name]) - plain) / (4 * SIDE * SIDE)
+        claim = MEMORY_CLAIMS.get(name)
+        table.add(
+            f"memory beyond plain, {direction}",
+            name,
+            "one kernel",
+            Ratio.exact(kernels),
+            claim=None if claim is None else claim + _SLACK,
         )
 
 
-def measure(side: int, batch: int, mode: str, rounds: int) -> list[Row]:
-    rules = build(side)
-    x, cotangent = jax.random.normal(jax.random.key(1), (2, batch, side))
-    key = jax.random.key(2)
-    check(rules, x, key)
-    args = (x, key) if mode == "forward" else (x, key, cotangent)
-    programs, memory = {}, {}
-    for name, rule in rules.items():
-        state = nnx.state(rule)
-        compiled = jax.jit(functions(rule, mode)).lower(state, *args).compile()
-        memory[name] = compiled.memory_analysis().temp_size_in_bytes
-        programs[name] = lambda compiled=compiled, state=state: compiled(state, *args)
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for i in range(rounds + 3):
-        for name in random.sample(list(programs), len(programs)):
-            start = time.perf_counter()
-            jax.block_until_ready(programs[name]())
-            if i >= 3:  # the first rounds warm up
-                times[name].append(time.perf_counter() - start)
-    return [row(side, batch, mode, name, times, memory) for name in programs]
+def _temporaries(program: Any) -> int:
+    return int(program.memory_analysis().temp_size_in_bytes)
 
 
-def row(side: int, batch: int, mode: str, name: str, times: Any, memory: Any) -> Row:
-    ratios = sorted(a / b for a, b in zip(times[name], times["nnx.Linear"], strict=True))
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    limits = LIMITS.get((name, batch), (None, None))
-    kernels = (memory[name] - memory["nnx.Linear"]) / (4 * side * side)
-    milliseconds = 1e3 * statistics.median(times[name])
-    return Row(
-        batch, mode, name, milliseconds, ratio, low, high, kernels, limits[mode != "forward"]
-    )
-
-
-def per_example_memory(side: int, batch: int) -> list[tuple[str, str, float]]:
-    """Arguments, results and temporaries of masks per example over those of a shared mask."""
-    linear = nnx.Linear(side, side, rngs=nnx.Rngs(0))
-    x, key = jnp.ones((batch, side)), jax.random.key(0)
-    results = []
+def _add_per_example(table: Table, direction: str, batch: int = 64) -> None:
+    """Memory of the whole program with a mask per example over that with one mask."""
+    linear = nnx.Linear(SIDE, SIDE, rngs=nnx.Rngs(0))
     for generator in ("default", "fast"):
-        for mode in ("forward", "forward+backward"):
-            total = []
-            for per_example in (True, False):
-                layer = layers.DropConnectLinear(
-                    linear, RATE, generator=generator, per_example=per_example
-                )
-                args = (x, key) if mode == "forward" else (x, key, jnp.ones((batch, side)))
-                program = jax.jit(functions(layer, mode)).lower(nnx.state(layer), *args)
-                m = program.compile().memory_analysis()
-                total.append(
-                    m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
-                )
-            results.append((generator, mode, total[0] / total[1]))
-    return results
-
-
-def hardware() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    name = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x.split(":")[1] for x in info.read_text().splitlines() if "model name" in x]
-        name = models[0].strip() if models else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def report(rows: list[Row], examples: list[tuple[str, str, float]], side: int, rounds: int) -> str:
-    lines = [
-        "# DropConnect: time and memory",
-        "",
-        f"Kernel {side}×{side}, float32, rate {RATE}; {rounds} interleaved rounds; {hardware()}; "
-        f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}.",
-        "",
-        "Ratio: median over rounds of the time over that of `nnx.Linear` in the same round, "
-        "with quartiles. Memory: temporaries beyond plain, in kernels. Limit: what the package "
-        "promises.",
-        "",
-        "| batch | pass | rule | ms (median) | ratio | quartiles | memory | limit | |",
-        "|---:|---|---|---:|---:|---|---:|---:|---|",
-    ]
-    for r in rows:
-        limit = "" if r.limit is None else f"{r.limit}"
-        verdict = "" if r.limit is None else ("met" if r.ratio <= r.limit else "**missed**")
-        lines.append(
-            f"| {r.batch} | {r.mode} | {r.rule} | {r.milliseconds:.2f} | {r.ratio:.2f} | "
-            f"{r.low:.2f} to {r.high:.2f} | {r.kernels:.2f} | {limit} | {verdict} |"
+        sizes = []
+        for per_example in (True, False):
+            layer = layers.DropConnectLinear(
+                linear, RATE, generator=generator, per_example=per_example
+            )
+            used = _compiled(layer, direction, batch)[0].memory_analysis()
+            sizes.append(
+                used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+            )
+        table.add(
+            f"memory, {direction}",
+            f"{generator}, masks per example",
+            f"{generator}, one mask",
+            Ratio.exact(sizes[0] / sizes[1]),
+            claim=PER_EXAMPLE_CLAIM,
         )
-    lines += [
-        "",
-        "Masks per example: memory of the whole program (arguments, results, temporaries) over "
-        "that with one shared mask; limit 1.25.",
-        "",
-        "| generator | pass | ratio |",
-        "|---|---|---:|",
-        *(f"| {generator} | {mode} | {ratio:.2f} |" for generator, mode, ratio in examples),
-    ]
-    return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    modes = list(dict.fromkeys(r.mode for r in rows))
-    figure, axes = plt.subplots(1, len(modes), figsize=(5 * len(modes), 3.6), squeeze=False)
-    for axis, mode in zip(axes[0], modes, strict=True):
-        names = [n for n in dict.fromkeys(r.rule for r in rows) if n != "nnx.Linear"]
-        batches = sorted({r.batch for r in rows})
-        for i, name in enumerate(names):
-            chosen = [r for r in rows if r.mode == mode and r.rule == name]
-            spread = np.array([[r.ratio - r.low, r.high - r.ratio] for r in chosen]).T
-            at = np.arange(len(batches)) + (i - len(names) / 2 + 0.5) * 0.8 / len(names)
-            axis.bar(at, [r.ratio for r in chosen], 0.8 / len(names), yerr=spread, label=name)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(batches)), batches)
-        axis.set(xlabel="batch", ylabel="time / nnx.Linear", title=mode)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=1024, help="rows and columns of the kernel")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 256, 1024])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--save", type=pathlib.Path, help="folder for dropconnect.md and .png")
-    options = parser.parse_args()
-    rows = [
-        row
-        for batch in options.batches
-        for mode in ("forward", "forward+backward")
-        for row in measure(options.side, batch, mode, options.rounds)
-    ]
-    examples = per_example_memory(options.side, 64)
-    text = report(rows, examples, options.side, options.rounds)
-    print(text)
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        (options.save / "dropconnect.md").write_text(text)
-        plot(rows, options.save / "dropconnect.png")
-
-
-if __name__ == "__main__":
-    main()
+def run(rounds: int = 60) -> Table:
+    """The table of times and memory."""
+    _check(_rules())
+    table = Table("dropconnect", f"DropConnect, kernel {SIDE}×{SIDE}, float32, rate {RATE}")
+    for batch in BATCHES:
+        for direction in PASSES:
+            _add_pass(table, direction, batch, rounds)
+    for direction in PASSES:
+        _add_per_example(table, direction)
+    return table

@@ -134,6 +134,8 @@ def report(results: dict[str, list[dict[str, float]]], train_size: int) -> str:
     measures = list(results["plain"][0])
     seeds = len(results["plain"])
     lines = [
+        "# Digits: plain, Dropout and DropConnect",
+        "",
         f"Mean ± standard deviation over {seeds} seeds; {train_size} training digits, rate {RATE}, "
         f"{SAMPLES} masks.",
         "",
@@ -144,6 +146,7 @@ def report(results: dict[str, list[dict[str, float]]], train_size: int) -> str:
         columns = [[run[m] for run in runs] for m in measures]
         cells = [f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "![Calibration, rejection and doubt](dropconnect_digits.png)"]
     return "\n".join(lines) + "\n"
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from layers._drop import keep_probability
+from layers._drop import keep_probability, wide_dtype
 from layers._keys import check_key
 from layers._linear import DropConnectLinear
+from layers._rates import check_count
 
 
 def gaussian_moments(layer: DropConnectLinear, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,18 +90,22 @@ def gaussian_predict(
     ...                  key=jax.random.key(0)).shape
     (3, 2)
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be an int of at least 1, got {num_samples!r}.")
-    key = check_key(key)
+    num_samples, key = check_count(num_samples, "num_samples"), check_key(key)
     mean, variance = gaussian_moments(layer, inputs)
     # The square root has no derivative at zero, where an input of zeros ends up.
     certain = variance == 0
     deviation = jnp.where(certain, 0, jnp.sqrt(jnp.where(certain, 1, variance)))
 
-    def add(index: jax.Array, total: jax.Array) -> jax.Array:
+    def draw(index: jax.Array) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, index), mean.shape, mean.dtype)
-        return total + activation(mean + deviation * noise)
+        return activation(mean + deviation * noise)
 
-    shape = jax.eval_shape(activation, mean)
-    total = jax.lax.fori_loop(0, num_samples, add, jnp.zeros(shape.shape, shape.dtype))
-    return total / num_samples
+    like = jax.eval_shape(draw, jnp.int32(0))
+    # Half precision is summed in float32: a bfloat16 sum stands still from 256 terms on.
+    total = jax.lax.fori_loop(
+        0,
+        num_samples,
+        lambda index, total: total + draw(index),
+        jnp.zeros_like(like, dtype=wide_dtype(like.dtype)),
+    )
+    return (total / num_samples).astype(like.dtype)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 RngSource: TypeAlias = nnx.Rngs | nnx.RngStream | jax.Array
@@ -19,20 +20,22 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
     Raises:
       TypeError: if `key` is not one typed key or one raw `uint32` key.
     """
-    if isinstance(key, jax.Array):
+    if isinstance(key, jax.Array | np.ndarray):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            typed = key
-        elif key.dtype == jnp.uint32 and key.ndim >= 1:
-            typed = jax.random.wrap_key_data(key)
-        else:
-            raise TypeError(_message(name, f"an array of dtype {key.dtype}, shape {key.shape}"))
-        if typed.shape != ():
-            raise TypeError(
-                f"{name} must be a single PRNG key, got an array of keys of shape "
-                f"{typed.shape}; use jax.vmap or nnx.vmap over the keys."
-            )
-        return typed
+            return _single(key, name)
+        if key.dtype == jnp.uint32 and key.ndim >= 1:
+            return _single(jax.random.wrap_key_data(jnp.asarray(key)), name)
+        raise TypeError(_message(name, f"an array of dtype {key.dtype}, shape {key.shape}"))
     raise TypeError(_message(name, f"{key!r} of type {type(key).__name__}"))
+
+
+def _single(key: Any, name: str) -> jax.Array:
+    if key.shape != ():
+        raise TypeError(
+            f"{name} must be a single PRNG key, got an array of keys of shape "
+            f"{key.shape}; use jax.vmap or nnx.vmap over the keys."
+        )
+    return key
 
 
 def _message(name: str, came: str) -> str:
@@ -52,7 +55,7 @@ def fork_stream(rngs: RngSource | None, collection: str) -> Any:
         return stream_of(rngs, collection).fork()
     if isinstance(rngs, nnx.RngStream):
         return rngs.fork()
-    if isinstance(rngs, jax.Array):
+    if isinstance(rngs, jax.Array | np.ndarray):
         return nnx.RngStream(check_key(rngs, "rngs"), tag=collection)
     raise TypeError(
         "rngs must be an nnx.Rngs, an nnx.RngStream, a PRNG key or None, "

@@ -17,6 +17,7 @@ from flax import nnx
 from layers._base import DropConnectModule
 from layers._drop import wide_dtype
 from layers._keys import check_key
+from layers._rates import check_count
 from layers._select import Selector, to_predicate
 
 
@@ -85,9 +86,8 @@ def mc_predict(
     >>> result.mean.shape, bool((result.variance > 0).all())
     ((3, 2), True)
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+    num_samples = check_count(num_samples, "num_samples")
+    chunk = min(check_count(batch_size, "batch_size"), num_samples)
     key = check_key(key)
     stochastic = tuple(stochastic) if isinstance(stochastic, list) else stochastic
     graphdef, state = nnx.split(_switched_on(model, stochastic))
@@ -95,7 +95,6 @@ def mc_predict(
     arrays = [leaf if isinstance(leaf, jax.Array | np.ndarray) else None for leaf in leaves]
     others = tuple(None if a is not None else b for a, b in zip(arrays, leaves, strict=True))
     program = _Program(graphdef, fn or _call, stochastic, treedef, others)
-    chunk = min(batch_size, num_samples)
     return _predict(program, num_samples, chunk, return_samples, state, arrays, key)
 
 
@@ -171,7 +170,8 @@ def _accumulate(
                 f"the output of the model must be floating or complex to have a mean, got "
                 f"{leaf.dtype} of shape {leaf.shape}; return logits or probabilities from fn."
             )
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)), shapes)
+    # Like the outputs in sharding too, as the carry of a loop must be.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=wide_dtype(leaf.dtype)), shapes)
     squares = jax.tree.map(lambda leaf: leaf.real, zeros)
 
     def step(carry: Any, start: jax.Array) -> Any:

@@ -109,18 +109,18 @@ def _by_blocks(
     parts = jnp.moveaxis(inputs.reshape((*inputs.shape[:-1], count, size)), -2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add(total: jax.Array, index: jax.Array, part: jax.Array, block: jax.Array) -> jax.Array:
+    def term(index: jax.Array, part: jax.Array, block: jax.Array) -> jax.Array:
         def masked(example: jax.Array, key: jax.Array) -> jax.Array:
             return product(example, drop_rows(block, key, rate, generator, index * size))
 
-        # Half precision is summed over the blocks in float32.
-        return total + map_examples(masked, part, key).astype(total.dtype)
+        return map_examples(masked, part, key)
 
-    shape = jax.eval_shape(product, parts[0], blocks[0])
-    total = jnp.zeros(shape.shape, wide_dtype(shape.dtype))
     scanned = (jnp.arange(count), parts, blocks)
-    total, _ = jax.lax.scan(lambda total, xs: (add(total, *xs), None), total, scanned)
-    return total.astype(shape.dtype)
+    like = jax.eval_shape(term, *(xs[0] for xs in scanned))
+    # Half precision is summed over the blocks in float32.
+    total = jnp.zeros_like(like, dtype=wide_dtype(like.dtype))
+    total, _ = jax.lax.scan(lambda total, xs: (total + term(*xs), None), total, scanned)
+    return total.astype(like.dtype)
 
 
 def _block_rows(kernel: jax.Array, generator: Generator) -> int:

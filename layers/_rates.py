@@ -32,6 +32,17 @@ def check_rate(rate: Any, name: str = "rate") -> float:
     return rate
 
 
+def check_count(count: Any, name: str) -> int:
+    """Returns `count` as an int of at least 1.
+
+    Raises:
+      ValueError: if it is not one.
+    """
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {count!r}.")
+    return int(count)
+
+
 def keep_threshold(rate: float) -> int:
     """Words below this are kept; never 0 or 2**32, so a positive rate always can do both."""
     return min(max(round((1.0 - rate) * WORD), 1), WORD - 1)

@@ -8,11 +8,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
 from flax import nnx
 
 from layers._flax_private import node_attributes
 from layers._generators import Generator
-from layers._keys import RngSource
+from layers._keys import RngSource, check_key
 from layers._linear import DropConnectLinear
 from layers._rates import check_rate
 from layers._select import Path, Selector, is_weight, join, no_match, to_predicate
@@ -122,6 +124,9 @@ def dropconnect(
     """
     rate = check_rate(rate)
     predicate = to_predicate(only, "only")
+    if isinstance(rngs, jax.Array | np.ndarray):
+        # As a stream, so that each layer forks another key from it.
+        rngs = nnx.RngStream(check_key(rngs, "rngs"), tag=rng_collection)
     options: dict[str, Any] = {
         "rngs": rngs,
         "rng_collection": rng_collection,
@@ -200,10 +205,13 @@ def _rebuild(root: Any, like: Any, replace: Callable[[Path, Any], Any], seen: li
     done: dict[int, Any] = {}
 
     def visit(path: Path, node: Any, like: Any) -> Any:
-        if isinstance(node, tuple) and type(node) is tuple:
-            pairs = enumerate(zip(node, like, strict=True))
-            new = tuple(visit((*path, i), *pair) for i, pair in pairs)
-            return node if all(a is b for a, b in zip(new, node, strict=True)) else new
+        if isinstance(node, tuple):
+            names = getattr(node, "_fields", range(len(node)))
+            triples = zip(names, node, like, strict=True)
+            new = [visit((*path, name), *pair) for name, *pair in triples]
+            if all(a is b for a, b in zip(new, node, strict=True)):
+                return node
+            return node._make(new) if hasattr(node, "_make") else tuple(new)
         if not isinstance(node, nnx.Pytree | list | dict) or isinstance(node, _STREAMS):
             return node
         if id(node) in done:

@@ -94,5 +94,5 @@ def _spelled(path: Path) -> bytes:
 
 def no_match(name: str, selector: Any, known: Iterable[Path]) -> ValueError:
     """The error for a selector that selects nothing."""
-    listing = ", ".join(sorted(map(join, known))) or "nothing"
+    listing = ", ".join(sorted(join(path) or "(model)" for path in known)) or "nothing"
     return ValueError(f"{name}={selector!r} selects nothing; there is: {listing}.")

@@ -1,20 +1,21 @@
-"""Settings of the `layers` tests."""
+"""Fixtures of the `layers` tests."""
 
-import hypothesis
+from __future__ import annotations
+
+from typing import get_args
+
 import jax
 import pytest
 
-hypothesis.settings.register_profile("layers", max_examples=15, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("layers")
-
-GENERATORS = ("default", "fast", "bernoulli")
+from layers._generators import Generator
+from tests.helpers import KEY
 
 
 @pytest.fixture
 def key() -> jax.Array:
-    return jax.random.key(20130616)
+    return KEY
 
 
-@pytest.fixture(params=GENERATORS)
+@pytest.fixture(params=get_args(Generator))
 def generator(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -9,6 +9,7 @@ from flax import nnx
 
 import layers
 from layers import linen
+from tests.helpers import assert_trees_equal
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
 RATE = 0.4
@@ -37,13 +38,13 @@ def test_gradients_agree_bit_by_bit(key):
     dense, variables, layer = dense_pair()
     a = jax.grad(lambda v: jnp.sin(dense.apply(v, X, rng=key)).sum())(variables)["params"]
     b = nnx.grad(lambda m: jnp.sin(m(X, rngs=key)).sum())(layer)
-    jax.tree.map(np.testing.assert_array_equal, a, nnx.to_pure_dict(b))
+    assert_trees_equal(a, nnx.to_pure_dict(b))
 
 
 def test_its_variables_are_those_of_dense():
     _, variables, _ = dense_pair()
     expected = nn.Dense(5).init(jax.random.key(0), X)
-    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    assert_trees_equal(variables, expected)
 
 
 def test_no_key_is_needed_to_initialise_or_when_deterministic():

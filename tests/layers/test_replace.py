@@ -1,5 +1,7 @@
 """`dropconnect` and `remove_dropconnect` on whole models."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,11 @@ from layers import DropConnectLinear, WeightDrop, dropconnect, remove_dropconnec
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 
 
+class Pair(NamedTuple):
+    layer: nnx.Linear
+    number: int
+
+
 class Model(nnx.Module):
     """Attributes whose order of assignment is not that of their names; every container."""
 
@@ -22,13 +29,14 @@ class Model(nnx.Module):
         self.tail = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.relu)
         self.plain = nnx.data([nnx.Linear(2, 2, rngs=rngs)])
         self.named = nnx.data({"x": (nnx.Linear(2, 2, rngs=rngs), 3)})
+        self.pair = nnx.data(Pair(nnx.Linear(2, 2, rngs=rngs), 4))
         self.norm = nnx.BatchNorm(2, rngs=rngs)
         self.again = self.blocks[0]
 
     def __call__(self, x):
         for layer in (self.stem, *self.blocks, self.again, self.heads["a"], self.tail):
             x = layer(x)
-        return self.norm(self.named["x"][0](self.plain[0](x)))
+        return self.norm(self.pair.layer(self.named["x"][0](self.plain[0](x))))
 
 
 def paths(model, kind):
@@ -39,7 +47,8 @@ def test_every_linear_layer_but_the_first_is_replaced_in_every_container():
     model, summary = dropconnect(Model(nnx.Rngs(0)), 0.5, rngs=nnx.Rngs(1))
     assert type(model.stem) is nnx.Linear and not paths(model, nnx.Linear) - {"stem"}
     assert isinstance(model.named["x"][0], DropConnectLinear) and model.named["x"][1] == 3
-    assert summary.kept == (("stem",),) and len(summary.replaced) == 6
+    assert isinstance(model.pair.layer, DropConnectLinear) and model.pair.number == 4
+    assert summary.kept == (("stem",),) and len(summary.replaced) == 7
     assert model(X).shape == (2, 2)
 
 
@@ -177,8 +186,18 @@ def test_options_reach_the_new_layers():
     assert layer.per_example and isinstance(layer.rngs, nnx.RngStream)
 
 
-def test_each_new_layer_draws_masks_of_its_own():
-    dropped, _ = dropconnect(Model(nnx.Rngs(0)), 0.5, rngs=nnx.Rngs(1))
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: nnx.Rngs(1),
+        lambda: nnx.Rngs(1).default,
+        lambda: jax.random.key(1),
+        lambda: np.asarray(jax.random.PRNGKey(1)),
+    ],
+    ids=["Rngs", "RngStream", "key", "raw key"],
+)
+def test_each_new_layer_draws_masks_of_its_own(source):
+    dropped, _ = dropconnect(Model(nnx.Rngs(0)), 0.5, rngs=source())
     a, b = (jax.random.key_data(dropped.blocks[i].rngs.key[...]) for i in (0, 1))
     assert (a != b).any()
 
@@ -186,12 +205,18 @@ def test_each_new_layer_draws_masks_of_its_own():
 def test_the_summary_prints_what_happened():
     _, summary = dropconnect(Model(nnx.Rngs(0)), 0.5)
     text = str(summary)
-    assert "stem" in text and "kept" in text and "6 replaced at rate 0.5" in text
+    assert "stem" in text and "kept" in text and "7 replaced at rate 0.5" in text
 
 
 def test_selecting_nothing_lists_the_modules():
     with pytest.raises(ValueError, match="only='nowhere' selects nothing; there is: .*blocks/0"):
         dropconnect(Model(nnx.Rngs(0)), only="nowhere")
+
+
+def test_a_model_without_layers_to_replace_names_itself():
+    model = nnx.Conv(2, 2, (3,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"selects nothing; there is: \(model\)"):
+        dropconnect(model)
 
 
 def test_a_model_of_one_layer_says_that_it_was_kept():

@@ -75,6 +75,19 @@ def test_the_prediction_is_differentiable_where_the_variance_is_zero(key):
     assert jnp.isfinite(jax.grad(predicted)(jnp.zeros((1, 3)))).all()
 
 
+def test_the_mean_of_half_precision_is_summed_in_float32(key):
+    layer = make(dtype=jnp.bfloat16)
+    # In bfloat16 a sum of ones stands still at 256.
+    ones = gaussian_predict(layer, X, jnp.ones_like, num_samples=1000, key=key)
+    assert ones.dtype == jnp.bfloat16 and (ones == 1).all()
+
+
+def test_a_count_may_be_a_numpy_integer(key):
+    count = np.int64(3)
+    assert mc_predict(make(), X, num_samples=count, key=key, batch_size=count).mean.shape == (2, 2)
+    assert gaussian_predict(make(), X, nnx.relu, num_samples=count, key=key).shape == (2, 2)
+
+
 @pytest.mark.parametrize("samples", [0, -1, 1.5, True])
 def test_gaussian_predict_wants_a_positive_count(samples, key):
     with pytest.raises(ValueError, match="num_samples must be an int of at least 1"):

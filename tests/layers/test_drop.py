@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layers
+from tests.helpers import assert_trees_equal
 
 RATE = 0.3
 RATES = [0.001, 0.01, 0.25, 0.5, 0.9, 0.999]
@@ -42,10 +43,6 @@ def losses(key, generator):
     ours = functools.partial(layers.drop_weight, key=key, rate=RATE, generator=generator)
     raw = functools.partial(written_out, key=key, generator=generator)
     return functools.partial(loss, ours), functools.partial(loss, raw)
-
-
-def assert_trees_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_values_are_the_mask_times_the_scale(key, generator):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layers
+from tests.helpers import KEY
 
 
 @pytest.mark.parametrize("rate", [1.0, 1, -0.1, 1.5, float("inf"), float("nan")])
@@ -24,6 +25,30 @@ def test_a_rate_outside_the_unit_interval_is_a_value_error_with_the_value(rate, 
 def test_a_rate_of_the_wrong_type_is_a_type_error_with_the_value(rate, key):
     with pytest.raises(TypeError, match=r"rate must be a real number in \[0, 1\), got"):
         layers.drop_weight(jnp.ones(3), key, rate)
+
+
+LINEAR = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+BUILDERS = {
+    "DropConnectLinear": lambda rate: layers.DropConnectLinear(LINEAR, rate),
+    "create": lambda rate: layers.DropConnectLinear.create(2, 2, rate, rngs=nnx.Rngs(0)),
+    "WeightDrop": lambda rate: layers.WeightDrop(LINEAR, rate),
+    "dropconnect": lambda rate: layers.dropconnect(LINEAR, rate, keep_first=False),
+    "drop_weights": lambda rate: layers.drop_weights(LINEAR, KEY, rate),
+    "drop_params": lambda rate: layers.linen.drop_params({"kernel": jnp.ones((2, 2))}, KEY, rate),
+    "keep_mask": lambda rate: layers.keep_mask(KEY, (2, 2), rate),
+    "fused_product": lambda rate: layers.fused_product(
+        jnp.ones((2, 2)), jnp.ones((2, 2)), KEY, rate
+    ),
+}
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.parametrize(
+    "rate, error", [(1.0, ValueError), (float("nan"), ValueError), (True, TypeError)]
+)
+def test_every_way_to_give_a_rate_checks_it_at_once(build, rate, error):
+    with pytest.raises(error, match=f"rate must be .*got {rate!r}"):
+        build(rate)
 
 
 @pytest.mark.parametrize("rate", [0, 0.0, np.float32(0.25), np.float64(0.5), Fraction(1, 3)])
@@ -57,8 +82,9 @@ def test_a_key_that_is_not_one_key_is_a_type_error(bad, message):
         layers.drop_weight(jnp.ones(3), bad, 0.5)
 
 
-def test_a_raw_key_draws_the_mask_of_the_typed_key(generator):
-    raw, typed = jax.random.PRNGKey(3), jax.random.key(3)
+@pytest.mark.parametrize("form", [lambda raw: raw, np.asarray], ids=["jax", "numpy"])
+def test_a_raw_key_draws_the_mask_of_the_typed_key(form, generator):
+    raw, typed = form(jax.random.PRNGKey(3)), jax.random.key(3)
     masks = [layers.keep_mask(key, (9, 9), 0.5, generator=generator) for key in (raw, typed)]
     np.testing.assert_array_equal(*masks)
 

@@ -240,7 +240,7 @@ def test_the_collection_must_be_a_string():
 def test_every_source_of_a_key_draws_the_same_mask():
     key = nnx.Rngs(dropconnect=4).dropconnect()
     sources = [nnx.Rngs(dropconnect=4), nnx.Rngs(4), nnx.Rngs(dropconnect=4).dropconnect, key]
-    sources.append(jax.random.key_data(key))
+    sources += [jax.random.key_data(key), np.asarray(jax.random.key_data(key))]
     outputs = [make()(X, rngs=source) for source in sources]
     # A default stream is seeded alike, so even it agrees.
     for output in outputs[1:]:
@@ -248,7 +248,14 @@ def test_every_source_of_a_key_draws_the_same_mask():
 
 
 @pytest.mark.parametrize(
-    "source", [lambda: nnx.Rngs(3), lambda: nnx.Rngs(3).default, lambda: jax.random.key(3)]
+    "source",
+    [
+        lambda: nnx.Rngs(3),
+        lambda: nnx.Rngs(3).default,
+        lambda: jax.random.key(3),
+        lambda: jax.random.PRNGKey(3),
+        lambda: np.asarray(jax.random.PRNGKey(3)),
+    ],
 )
 def test_the_layer_holds_a_stream_of_its_own_from_any_source(source):
     layer = DropConnectLinear(base(), 0.5, rngs=source())
