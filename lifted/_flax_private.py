@@ -6,8 +6,9 @@ Its own lifted transforms do this with the functions below. They are used from h
 that a change in Flax fails there first and by name.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -72,11 +73,12 @@ def current_module() -> nn.Module | None:
     return linen_module._context.module_stack[-1]
 
 
-def call_within(module: nn.Module, body: Callable[[], Any]) -> Any:
-    """Calls ``body`` as if from a method of ``module``, with no call that interceptors see."""
+@contextlib.contextmanager
+def within(module: nn.Module) -> Iterator[None]:
+    """A context like the body of a method of ``module``, with no call that interceptors see."""
     module._try_setup()
     linen_module._context.module_stack.append(module)
     try:
-        return body()
+        yield
     finally:
         linen_module._context.module_stack.pop()

@@ -11,6 +11,7 @@ transforms of this package stand:
 What differs between kinds of targets is in their groups; see `lifted._group`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -115,20 +116,14 @@ class Functional:
           is not touched.
         """
         split = self.structure.split(variables)
-        copies: list[list[Any]] = []
-
-        def enter(groups: list[Group]) -> tuple[Any, list[Updates]]:
-            if not groups:
-                return fn(self.structure.join(copies), *args), []
-
-            def body(targets: list[Any]) -> tuple[Any, list[Updates]]:
-                copies.append(targets)
-                return enter(groups[1:])
-
-            (y, inner), updates = groups[0](split[len(copies)], body)
-            return y, [updates, *inner]
-
-        return enter(self._groups)
+        # Contexts, not functions that call ``fn``: for every equation JAX walks the Python stack.
+        with contextlib.ExitStack() as stack:
+            opened = [
+                stack.enter_context(group.opened(part))
+                for group, part in zip(self._groups, split, strict=True)
+            ]
+            y = fn(self.structure.join(copies for copies, _ in opened), *args)
+            return y, [written() for _, written in opened]
 
     def publish(self, updates: list[Updates]) -> None:
         """Writes what `__call__` returned as ``updates`` to the target."""

@@ -6,6 +6,7 @@ the entry points ``lifted.groups`` the first time that a target of unknown type 
 package knows Linen only.
 """
 
+import contextlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -38,11 +39,11 @@ class Group(Protocol):
           rngs: filter of the RNG streams that are visible.
         """
 
-    def __call__(
-        self, variables: list[Variables], body: Callable[[list[Any]], Any]
-    ) -> tuple[Any, Updates]:
-        """Result of ``body`` on copies of the targets that hold ``variables``, and what it
-        wrote."""
+    def opened(
+        self, variables: list[Variables]
+    ) -> contextlib.AbstractContextManager[tuple[list[Any], Callable[[], Updates]]]:
+        """A context with copies of the targets that hold ``variables``, and a function that tells
+        what was written to them. Neither outlives it."""
 
     def publish(self, updates: Updates) -> None:
         """Writes ``updates`` to the targets."""

@@ -9,9 +9,10 @@ The variables of a target are the collections of its own scope. Those of a modul
 it stand below the name of the attribute, where they would stand if the target owned that module.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -77,9 +78,10 @@ class LinenGroup:
             ]
         )
 
-    def __call__(
-        self, variables: list[Collections], body: Callable[[list[Any]], Any]
-    ) -> tuple[Any, LinenUpdates]:
+    @contextlib.contextmanager
+    def opened(
+        self, variables: list[Collections]
+    ) -> Iterator[tuple[list[Any], Callable[[], LinenUpdates]]]:
         before = self._by_root(variables)
         inner = [
             self._open(root, thaw(collections))
@@ -94,17 +96,22 @@ class LinenGroup:
             else _flax_private.rebind(target, reached, _flax_private.copy_state(state))
             for target, reached, state in zip(self._targets, scopes, self._states, strict=True)
         ]
-        try:
-            y = self._run(body, copies)
-            written = [
-                difference(old, scope.mutable_variables())
-                for old, scope in zip(before, inner, strict=True)
+
+        def written() -> LinenUpdates:
+            pairs = zip(before, inner, strict=True)
+            changed = [difference(old, scope.mutable_variables()) for old, scope in pairs]
+            states = [
+                None if isinstance(c, Scope) else _flax_private.export_state(c) for c in copies
             ]
+            counters = [scope.rng_counters for scope in inner]
+            return LinenUpdates(changed, Static((counters, states)))
+
+        try:
+            with self._within(copies):
+                yield copies, written
         finally:
             for scope in (*inner, *(scope for reached in scopes for scope in reached)):
                 scope.invalidate()
-        states = [None if isinstance(c, Scope) else _flax_private.export_state(c) for c in copies]
-        return y, LinenUpdates(written, Static(([scope.rng_counters for scope in inner], states)))
 
     def publish(self, updates: LinenUpdates) -> None:
         counters, states = updates.static.value
@@ -189,15 +196,15 @@ class LinenGroup:
     def names(self, variables: list[Collections]) -> list[str]:
         return sorted({col for tree in variables for col in tree})
 
-    def _run(self, body: Callable[[list[Any]], Any], copies: list[Any]) -> Any:
-        """``body`` on the copies. Modules that it makes belong to the module whose method runs, if
-        that is a target, otherwise to the first target."""
+    def _within(self, copies: list[Any]) -> contextlib.AbstractContextManager[None]:
+        """A context in which modules that are made belong to the copy of the module whose method
+        runs, if that is a target, otherwise to that of the first target."""
         modules = [i for i, target in enumerate(self._targets) if isinstance(target, nn.Module)]
         if not modules:
-            return body(copies)
+            return contextlib.nullcontext()
         current = _flax_private.current_module()
         owner = next((i for i in modules if self._targets[i] is current), modules[0])
-        return _flax_private.call_within(copies[owner], lambda: body(copies))
+        return _flax_private.within(copies[owner])
 
     def _open(self, root: Root, collections: Collections) -> Scope:
         outer = root.scope

@@ -10,8 +10,9 @@ The variables of a target are an `nnx.State`, as `nnx.state` gives it. A Variabl
 targets hold belongs to the first.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,9 +73,8 @@ class NNXGroup:
         }
         self.variables = self._by_target(shown)
 
-    def __call__(
-        self, variables: list[Any], body: Callable[[list[Any]], Any]
-    ) -> tuple[Any, NNXUpdates]:
+    @contextlib.contextmanager
+    def opened(self, variables: list[Any]) -> Iterator[tuple[list[Any], Callable[[], NNXUpdates]]]:
         given = self._flat(variables)
         leaves = [
             given.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
@@ -85,11 +85,16 @@ class NNXGroup:
         copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
         snapshot = Snapshot(nodes)
         targets = list(copies)
-        with without(targets, self._hidden):
-            y = body(targets)
-        if snapshot.holds():
-            return y, NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
-        return y, self._regraph(leaves, copies, indices)
+        with contextlib.ExitStack() as hiding:
+            hiding.enter_context(without(targets, self._hidden))
+
+            def written() -> NNXUpdates:
+                hiding.close()
+                if snapshot.holds():
+                    return NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
+                return self._regraph(leaves, copies, indices)
+
+            yield targets, written
 
     def publish(self, updates: NNXUpdates) -> None:
         if updates.graph.value is None:

@@ -72,20 +72,21 @@ def record(fn: Callable[[Any], Any], mdl: Any, recording: Recording) -> tuple[An
     native = [i for i in range(len(targets)) if i not in linen]
     seeds = recording.seeds or [None] * len(targets)
 
-    def body(copies: list[Any]) -> Any:
+    linen_targets, linen_seeds = [targets[i] for i in linen], [seeds[i] for i in linen]
+    with contextlib.ExitStack() as stack:
+        copies, read_linen = stack.enter_context(
+            _linen_records(linen_targets, recording, linen_seeds)
+        )
         by_place = dict(enumerate(targets)) | dict(zip(linen, copies, strict=True))
         of_nnx = [by_place[i] for i in native]
-        with _captures(of_nnx, recording, [seeds[i] for i in native]) as collect:
-            try:
-                y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
-            except ValueError as error:
-                if "axis spec None" in str(error):
-                    error.add_note(_BROADCAST)
-                raise
-            return y, [collect(_type(kind)) for kind in recording.kinds]
-
-    linen_targets, linen_seeds = [targets[i] for i in linen], [seeds[i] for i in linen]
-    (y, of_native), of_linen = _record_linen(body, linen_targets, recording, linen_seeds)
+        read_nnx = stack.enter_context(_captures(of_nnx, recording, [seeds[i] for i in native]))
+        try:
+            y = fn(structure.unflatten([by_place[i] for i in range(len(targets))]))
+        except ValueError as error:
+            if "axis spec None" in str(error):
+                error.add_note(_BROADCAST)
+            raise
+        of_native, of_linen = [read_nnx(_type(kind)) for kind in recording.kinds], read_linen()
     recorded = []
     for native_trees, linen_trees in zip(of_native, of_linen, strict=True):
         trees = dict(zip([*native, *linen], [*native_trees, *linen_trees], strict=True))
@@ -183,24 +184,29 @@ def _leave_new(targets: Sequence[Any], known: set[int], types: set[Any]) -> None
             _flax_private.set_captured(module, others or None)
 
 
-def _record_linen(
-    body: Callable[[list[Any]], Any],
-    targets: Sequence[Any],
-    recording: Recording,
-    seeds: Sequence[Any],
-) -> tuple[Any, list[list[Any]]]:
-    """The result of ``body`` on Linen targets, and for each kind what each target recorded."""
+@contextlib.contextmanager
+def _linen_records(
+    targets: Sequence[Any], recording: Recording, seeds: Sequence[Any]
+) -> Iterator[tuple[list[Any], Callable[[], list[list[Any]]]]]:
+    """A context with copies of Linen targets; yields them and a function that reads for each kind
+    what each of them recorded, and writes the rest to the targets."""
     names = [collection(kind) for kind in recording.kinds]
     if not targets:
-        return body([]), [[] for _ in names]
+        yield [], lambda: [[] for _ in names]
+        return
     started = [seed or {} for seed in seeds]
     group = _RecordingGroup(targets, tuple(names), {col for seed in started for col in seed})
     variables = [{**own, **seed} for own, seed in zip(group.variables, started, strict=True)]
-    y, updates = group(variables, body)
-    written = group.written(updates)
-    kept = [{c: v for c, v in root.items() if c not in names} for root in updates.variables]
-    group.publish(LinenUpdates(kept, updates.static))
-    return y, [[tree.get(name, {}) for tree in written] for name in names]
+    with group.opened(variables) as (copies, written):
+
+        def read() -> list[list[Any]]:
+            updates = written()
+            trees = group.written(updates)
+            kept = [{c: v for c, v in root.items() if c not in names} for root in updates.variables]
+            group.publish(LinenUpdates(kept, updates.static))
+            return [[tree.get(name, {}) for tree in trees] for name in names]
+
+        yield copies, read
 
 
 class _RecordingGroup(LinenGroup):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from flax.core import Scope
 
@@ -75,7 +76,8 @@ def test_the_state_of_a_module_goes_to_a_copy_and_back() -> None:
             exported = _flax_private.export_state(self)
             state = _flax_private.copy_state(exported)
             copy = _flax_private.rebind(self, [self.scope.rewound()], state)
-            _flax_private.call_within(copy, lambda: names.append(nn.Dense(3).name))
+            with _flax_private.within(copy):
+                names.append(nn.Dense(3).name)
             names.append(dict(exported.autoname_cursor))
             _flax_private.import_state(self, _flax_private.export_state(copy))
             names.append(nn.Dense(4).name)
@@ -85,26 +87,25 @@ def test_the_state_of_a_module_goes_to_a_copy_and_back() -> None:
     assert names == ["Dense_1", {"Dense": 1}, "Dense_2"]
 
 
-def test_call_within_makes_modules_submodules_of_the_module() -> None:
+def test_within_makes_modules_submodules_of_the_module() -> None:
     parents: list[Any] = []
 
     class Model(nn.Module):
         @nn.compact
         def __call__(self) -> None:
             parents.append(_flax_private.current_module() is self)
-            parents.append(_flax_private.call_within(self, lambda: nn.Dense(2).parent is self))
+            with _flax_private.within(self):
+                parents.append(nn.Dense(2).parent is self)
 
     assert _flax_private.current_module() is None
     Model().init(KEY)
     assert parents == [True, True]
 
 
-def test_call_within_restores_the_current_module_when_it_raises() -> None:
+def test_within_restores_the_current_module_when_it_raises() -> None:
     module = _bound()
-    try:
-        _flax_private.call_within(module, lambda: 1 / 0)
-    except ZeroDivisionError:
-        pass
+    with pytest.raises(ZeroDivisionError), _flax_private.within(module):
+        raise ZeroDivisionError
     assert _flax_private.current_module() is None
 
 
