@@ -14,10 +14,9 @@ from flax import linen as nn
 import lifted
 from tests.helpers import Inside, assert_trees_equal, call, normal, strict, total
 from tests.lifted import models
-from tests.lifted.transforms import TRANSFORMS, every_transform
+from tests.lifted.transforms import RNGS, TRANSFORMS, every_transform
 
 X = normal(4, 3)
-RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 MODELS = {
     "mlp": models.MLP(),
     "batch_norm": models.Norm(),

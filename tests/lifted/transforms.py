@@ -14,6 +14,14 @@ import lifted
 from tests.helpers import call
 from tests.helpers import total as _total
 
+# For `init` and `apply`, so that the draws of two models can be compared.
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+
+def input_gradient(mdl: nn.Module, x: jax.Array) -> jax.Array:
+    """The gradient of the sum of the output."""
+    return lifted.grad(_total, mdl, x)[0]
+
 
 def vector(mdl: nn.Module, x: jax.Array) -> jax.Array:
     """A function of a module with two outputs."""
