@@ -8,6 +8,7 @@ Linen from the scope's path, NNX from a counter.)
 Initialisation draws no mask and needs no key for one.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -202,7 +203,8 @@ class WeightDrop(nn.Module):
 
         Args:
           *args, **kwargs: arguments of the base layer.
-          deterministic: overrides the attribute unless None.
+          deterministic: overrides the attribute unless None.  Also passed on where the base layer
+            has an argument of this name.
           rng: a key in place of one from the stream.
           method: the method of the base layer to call.
 
@@ -213,6 +215,9 @@ class WeightDrop(nn.Module):
           ValueError: if a mask is to be drawn and there is no key, or `params` selects nothing.
         """
         key = _mask_key(self, deterministic, rng)
+        accepted = inspect.signature(getattr(self.base_layer, method)).parameters
+        if deterministic is not None and "deterministic" in accepted:
+            kwargs["deterministic"] = deterministic
 
         def call(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return getattr(base, method)(*args, **kwargs)

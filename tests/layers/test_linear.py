@@ -120,6 +120,22 @@ def test_it_computes_as_nnx_linear_with_the_masked_kernel(options, shape, key):
     np.testing.assert_array_equal(layer(x, rngs=key), masked(x))
 
 
+def test_every_option_of_the_product_reaches_it_as_from_nnx_linear(key):
+    options = {"precision": "highest", "preferred_element_type": jnp.float16}
+    seen = []
+
+    def dot(lhs, rhs, dimensions, **given):
+        seen.append((dimensions, given))
+        return jax.lax.dot_general(lhs, rhs, dimensions)
+
+    linear = base(dot_general=dot, **options)
+    accepted = inspect.signature(type(linear).__call__).parameters
+    sharding = {"out_sharding": "any"} if "out_sharding" in accepted else {}
+    linear(X, **sharding)
+    DropConnectLinear(linear, 0.5)(X, rngs=key, **sharding)
+    assert seen[0] == seen[1]
+
+
 def test_a_dot_general_without_the_newer_arguments_serves(key):
     def dot(lhs, rhs, dimensions, precision=None):
         return jax.lax.dot_general(lhs, rhs, dimensions, precision=precision)

@@ -140,6 +140,46 @@ def test_convolutions_agree_bit_by_bit(key):
     )
 
 
+def test_deterministic_reaches_a_base_layer_that_has_it(key):
+    x, base = jnp.ones((1, 3, 4)), nn.MultiHeadAttention(2, qkv_features=4, dropout_rate=0.5)
+    model = linen.WeightDrop(base, RATE)
+    variables = model.init(jax.random.key(0), x, deterministic=True)
+    plain = base.apply({"params": variables["params"]["base_layer"]}, x, deterministic=True)
+    np.testing.assert_array_equal(model.apply(variables, x, deterministic=True), plain)
+    rngs = {"dropconnect": key, "dropout": key}
+    assert (model.apply(variables, x, deterministic=False, rngs=rngs) != plain).any()
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
+def test_it_differentiates_under_linens_own_transforms(lift, key):
+    def gradient(dense, wrapped):
+        model = nn.Sequential([dense(4, rate=RATE), wrapped(nn.Dense(3), RATE)])
+        variables = model.init(jax.random.key(0), X)
+        rngs = {"dropconnect": key}
+        return jax.grad(lambda v: (model.apply(v, X, rngs=rngs) ** 2).sum())(variables)
+
+    lifted = gradient(lift(linen.DropConnectDense), lift(linen.WeightDrop))
+    for leaf in jax.tree.leaves(lifted):
+        assert jnp.isfinite(leaf).all() and (leaf != 0).any()
+
+
+def test_a_base_layer_may_also_be_used_without_masks(key):
+    class Model(nn.Module):
+        def setup(self):
+            self.plain = nn.Dense(4)
+            self.wrapped = linen.WeightDrop(self.plain, RATE)
+
+        def __call__(self, x):
+            return self.wrapped(x), self.plain(x)
+
+    variables = Model().init(jax.random.key(0), X)
+    masked, plain = Model().apply(variables, X, rngs={"dropconnect": key})
+    assert set(variables["params"]) == {"plain"} and (masked != plain).any()
+    np.testing.assert_array_equal(
+        plain, nn.Dense(4).apply({"params": variables["params"]["plain"]}, X)
+    )
+
+
 def test_batch_statistics_are_updated(key):
     model = linen.WeightDrop(nn.Sequential([nn.Dense(4), nn.BatchNorm(False)]), RATE)
     variables = model.init(jax.random.key(0), X)
