@@ -200,6 +200,27 @@ def test_other_methods_can_be_called(key):
     np.testing.assert_array_equal(attended, X @ layers.drop_weight(table, key, RATE).T)
 
 
+def test_fields_and_methods_are_reached_through_the_wrapper(key):
+    model = linen.WeightDrop(nn.Embed(7, 4), RATE)
+    variables = model.init(jax.random.key(0), jnp.array([1]))
+    table = variables["params"]["base_layer"]["embedding"]
+    assert model.features == 4
+    attended = model.apply(variables, X, rng=key, method=lambda m, x, rng: m.attend(x, rng=rng))
+    np.testing.assert_array_equal(attended, X @ layers.drop_weight(table, key, RATE).T)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = model.nothing_of_the_kind
+
+
+def test_around_a_cell_each_step_has_a_mask_of_its_own(key):
+    cell = linen.WeightDrop(nn.SimpleCell(4, activation_fn=lambda x: x), RATE, params="i/kernel")
+    rnn = nn.RNN(cell, split_rngs={"params": False, "dropconnect": True})
+    x = jnp.ones((1, 3, 4))
+    variables = rnn.init(jax.random.key(0), x)
+    variables["params"]["cell"]["base_layer"]["h"]["kernel"] *= 0
+    steps = rnn.apply(variables, x, rngs={"dropconnect": key})[0]
+    assert len({step.tobytes() for step in np.asarray(steps)}) == 3
+
+
 def test_boxes_of_partitioned_parameters_survive(key):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
     dense = linen.DropConnectDense(5, rate=RATE, kernel_init=init)
