@@ -265,6 +265,11 @@ def test_masks_of_several_weights_do_not_depend_on_one_another(key):
     )
 
 
+def test_weights_of_one_shape_have_masks_of_their_own(key):
+    dropped = drop_weights(nnx.List([nnx.Linear(8, 8, rngs=rngs()) for _ in range(2)]), key, RATE)
+    assert ((dropped[0].kernel[...] == 0) != (dropped[1].kernel[...] == 0)).any()
+
+
 # Arguments that the wrapper and the base layer share.
 
 
