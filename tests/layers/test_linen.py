@@ -248,3 +248,13 @@ def test_no_tracer_leaks(key):
     dense, variables, _ = dense_pair()
     with jax.checking_leaks():
         jax.jit(jax.grad(lambda v: dense.apply(v, X, rng=key).sum()))(variables)
+
+
+def test_a_sequence_of_layers_has_the_masks_of_its_nnx_twin(key):
+    wrapped = linen.WeightDrop(nn.Sequential([nn.Dense(4), nn.Dense(4)]), RATE)
+    variables = wrapped.init(jax.random.key(0), X)
+    dense = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)))
+    for i, values in enumerate(variables["params"]["base_layer"].values()):
+        nnx.update(dense.layers[i], values)
+    twin = layers.WeightDrop(dense, RATE)
+    np.testing.assert_array_equal(wrapped.apply(variables, X, rng=key), twin(X, rngs=key))
