@@ -8,6 +8,8 @@ Linen from the scope's path, NNX from a counter.)
 Initialisation draws no mask and needs no key for one.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import jax
@@ -158,7 +160,9 @@ class DropConnectDense(nn.Dense):
 class WeightDrop(nn.Module):
     """Any Linen module, with selected weights dropped while it is called.
 
-    When to use: as `layers.WeightDrop`, in Linen.
+    When to use: as `layers.WeightDrop`, in Linen.  Fields and methods of the base layer can be
+    reached through the wrapper; its methods run with masked weights.  `nn.RNN` around a wrapped
+    cell needs `split_rngs={"params": False, "dropconnect": True}`, and draws a mask each step.
 
     Attributes:
       base_layer: the module.
@@ -202,7 +206,8 @@ class WeightDrop(nn.Module):
 
         Args:
           *args, **kwargs: arguments of the base layer.
-          deterministic: overrides the attribute unless None.
+          deterministic: overrides the attribute unless None.  Also passed on where the base layer
+            has an argument of this name.
           rng: a key in place of one from the stream.
           method: the method of the base layer to call.
 
@@ -213,6 +218,9 @@ class WeightDrop(nn.Module):
           ValueError: if a mask is to be drawn and there is no key, or `params` selects nothing.
         """
         key = _mask_key(self, deterministic, rng)
+        accepted = inspect.signature(getattr(self.base_layer, method)).parameters
+        if deterministic is not None and "deterministic" in accepted:
+            kwargs["deterministic"] = deterministic
 
         def call(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return getattr(base, method)(*args, **kwargs)
@@ -228,6 +236,17 @@ class WeightDrop(nn.Module):
 
         masked_call = nn.map_variables(call, "params", trans_in_fn=mask)
         return masked_call(self.base_layer, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only public names: Flax and Python probe modules for private ones.
+        base = vars(self).get("base_layer")
+        if base is None or name.startswith("_"):
+            return super().__getattr__(name)
+        value = getattr(base, name)
+        # The first carry of a recurrence uses no weights and is asked for outside of its loop.
+        if inspect.ismethod(value) and value.__self__ is base and name != "initialize_carry":
+            return functools.partial(self.__call__, method=name)
+        return value
 
 
 __all__ = ["DropConnectDense", "WeightDrop", "drop_params"]

@@ -78,12 +78,16 @@ def test_the_keep_rate_is_within_its_standard_error(rate, generator):
 
 
 @pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"]
+)
 def test_the_expectation_is_the_weight(rate, dtype):
-    weight = jax.random.uniform(jax.random.key(1), (512, 512), minval=0.5, maxval=1.0)
-    weight = weight.astype(dtype)
-    # The dtype meets the mask in one place, whichever generator made it.
-    dropped = layers.drop_weight(weight, jax.random.key(2), rate, generator="fast")
+    with jax.enable_x64("64" in dtype or "128" in dtype):
+        weight = jax.random.uniform(jax.random.key(1), (512, 512), minval=0.5, maxval=1.0)
+        weight = weight.astype(dtype)
+        # The dtype meets the mask in one place, whichever generator made it.
+        dropped = layers.drop_weight(weight, jax.random.key(2), rate, generator="fast")
+    assert dropped.dtype == dtype
     exact, drawn = (np.asarray(a, "complex128") for a in (weight, dropped))
     p = layers.keep_probability(rate, "fast")
     error = np.sqrt((np.abs(exact) ** 2).sum() * (1 - p) / p)

@@ -153,12 +153,12 @@ def test_a_large_mean_does_not_swamp_the_variance(key):
 
 
 def test_the_model_is_not_touched(key):
-    m = model()
+    m = evaluated()
     before = jax.tree.leaves(nnx.state(m))
     mc_predict(m, X, num_samples=3, key=key)
     for a, b in zip(before, jax.tree.leaves(nnx.state(m)), strict=True):
         assert a is b
-    assert not m.layers[0].deterministic
+    assert m.layers[0].deterministic
 
 
 def test_masks_are_on_in_an_evaluated_model_and_nothing_else(key):
@@ -179,6 +179,14 @@ def test_dropout_can_be_sampled_too(key):
     m.eval()
     result = mc_predict(m, X, num_samples=9, key=key, stochastic=nnx.Dropout)
     assert (result.variance > 0).any()
+
+
+def test_dropout_of_an_evaluated_model_stays_off(key):
+    m = nnx.Sequential(make(), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    m.eval()
+    result = mc_predict(m, X, num_samples=9, key=key, return_samples=True)
+    # Only Dropout makes an exact zero: the biases are none.
+    assert (result.samples != 0).all() and (result.variance > 0).any()
 
 
 def test_layers_draw_masks_of_their_own(key):

@@ -140,6 +140,46 @@ def test_convolutions_agree_bit_by_bit(key):
     )
 
 
+def test_deterministic_reaches_a_base_layer_that_has_it(key):
+    x, base = jnp.ones((1, 3, 4)), nn.MultiHeadAttention(2, qkv_features=4, dropout_rate=0.5)
+    model = linen.WeightDrop(base, RATE)
+    variables = model.init(jax.random.key(0), x, deterministic=True)
+    plain = base.apply({"params": variables["params"]["base_layer"]}, x, deterministic=True)
+    np.testing.assert_array_equal(model.apply(variables, x, deterministic=True), plain)
+    rngs = {"dropconnect": key, "dropout": key}
+    assert (model.apply(variables, x, deterministic=False, rngs=rngs) != plain).any()
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
+def test_it_differentiates_under_linens_own_transforms(lift, key):
+    def gradient(dense, wrapped):
+        model = nn.Sequential([dense(4, rate=RATE), wrapped(nn.Dense(3), RATE)])
+        variables = model.init(jax.random.key(0), X)
+        rngs = {"dropconnect": key}
+        return jax.grad(lambda v: (model.apply(v, X, rngs=rngs) ** 2).sum())(variables)
+
+    lifted = gradient(lift(linen.DropConnectDense), lift(linen.WeightDrop))
+    for leaf in jax.tree.leaves(lifted):
+        assert jnp.isfinite(leaf).all() and (leaf != 0).any()
+
+
+def test_a_base_layer_may_also_be_used_without_masks(key):
+    class Model(nn.Module):
+        def setup(self):
+            self.plain = nn.Dense(4)
+            self.wrapped = linen.WeightDrop(self.plain, RATE)
+
+        def __call__(self, x):
+            return self.wrapped(x), self.plain(x)
+
+    variables = Model().init(jax.random.key(0), X)
+    masked, plain = Model().apply(variables, X, rngs={"dropconnect": key})
+    assert set(variables["params"]) == {"plain"} and (masked != plain).any()
+    np.testing.assert_array_equal(
+        plain, nn.Dense(4).apply({"params": variables["params"]["plain"]}, X)
+    )
+
+
 def test_batch_statistics_are_updated(key):
     model = linen.WeightDrop(nn.Sequential([nn.Dense(4), nn.BatchNorm(False)]), RATE)
     variables = model.init(jax.random.key(0), X)
@@ -158,6 +198,27 @@ def test_other_methods_can_be_called(key):
 
     attended = model.apply(variables, X, rng=key, method=attend)
     np.testing.assert_array_equal(attended, X @ layers.drop_weight(table, key, RATE).T)
+
+
+def test_fields_and_methods_are_reached_through_the_wrapper(key):
+    model = linen.WeightDrop(nn.Embed(7, 4), RATE)
+    variables = model.init(jax.random.key(0), jnp.array([1]))
+    table = variables["params"]["base_layer"]["embedding"]
+    assert model.features == 4
+    attended = model.apply(variables, X, rng=key, method=lambda m, x, rng: m.attend(x, rng=rng))
+    np.testing.assert_array_equal(attended, X @ layers.drop_weight(table, key, RATE).T)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = model.nothing_of_the_kind
+
+
+def test_around_a_cell_each_step_has_a_mask_of_its_own(key):
+    cell = linen.WeightDrop(nn.SimpleCell(4, activation_fn=lambda x: x), RATE, params="i/kernel")
+    rnn = nn.RNN(cell, split_rngs={"params": False, "dropconnect": True})
+    x = jnp.ones((1, 3, 4))
+    variables = rnn.init(jax.random.key(0), x)
+    variables["params"]["cell"]["base_layer"]["h"]["kernel"] *= 0
+    steps = rnn.apply(variables, x, rngs={"dropconnect": key})[0]
+    assert len({step.tobytes() for step in np.asarray(steps)}) == 3
 
 
 def test_boxes_of_partitioned_parameters_survive(key):
@@ -187,3 +248,13 @@ def test_no_tracer_leaks(key):
     dense, variables, _ = dense_pair()
     with jax.checking_leaks():
         jax.jit(jax.grad(lambda v: dense.apply(v, X, rng=key).sum()))(variables)
+
+
+def test_a_sequence_of_layers_has_the_masks_of_its_nnx_twin(key):
+    wrapped = linen.WeightDrop(nn.Sequential([nn.Dense(4), nn.Dense(4)]), RATE)
+    variables = wrapped.init(jax.random.key(0), X)
+    dense = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)))
+    for i, values in enumerate(variables["params"]["base_layer"].values()):
+        nnx.update(dense.layers[i], values)
+    twin = layers.WeightDrop(dense, RATE)
+    np.testing.assert_array_equal(wrapped.apply(variables, X, rng=key), twin(X, rngs=key))

@@ -13,6 +13,7 @@ import nnx_bridge
 from layers import linen
 from tests.helpers import Inside, assert_trees_equal, initialized, normal
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 RATE = 0.4
 X = normal(2, 5, 5, 3)
 

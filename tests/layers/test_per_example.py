@@ -132,6 +132,16 @@ def test_half_precision_is_summed_in_float32(key):
     np.testing.assert_allclose(y.astype("float32"), exact, atol=0.1)
 
 
+def test_blocks_of_half_precision_are_rounded_once(key):
+    linear = nnx.Linear(ROWS, COLUMNS, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    layer = layers.DropConnectLinear(linear, 0.5, per_example=True)
+    layer.dtype = jnp.bfloat16
+    # The first of sixteen blocks is so large that bfloat16 would round each of the others away.
+    x = jnp.ones((3, ROWS)).at[:, :8].set(256.0)
+    exact = written_out(layer, x, key)
+    np.testing.assert_array_equal(layer(x, rngs=key), exact.astype(jnp.bfloat16))
+
+
 def test_out_sharding_is_refused(key):
     with pytest.raises(ValueError, match="out_sharding cannot be given with per_example=True"):
         make()(jnp.ones((2, ROWS)), rngs=key, out_sharding="x")

@@ -64,6 +64,13 @@ def test_a_layer_that_occurs_twice_is_replaced_by_one_object():
     assert model.again is model.blocks[0]
 
 
+def test_a_model_that_holds_itself_is_searched_once():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    model.itself = model
+    dropped, summary = dropconnect(model)
+    assert dropped.itself is dropped and len(summary.rows) == 2
+
+
 def test_sharing_trains_both_and_copying_one():
     model = Model(nnx.Rngs(0))
     shared, _ = dropconnect(model)

@@ -91,25 +91,43 @@ def test_a_layer_without_a_stream_has_no_key_state():
     assert not jax.tree.leaves(nnx.state(layer, nnx.RngState))
 
 
-def test_orbax_restores_weights_and_the_place_in_the_stream(tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    layer = make()
+def replaced(seed):
+    rngs = nnx.Rngs(seed)
+    model = nnx.Sequential(
+        nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.LinearGeneral(6, 5, rngs=rngs)
+    )
+    only = (nnx.Linear, nnx.LinearGeneral)
+    return layers.dropconnect(model, 0.5, only=only, keep_first=False, rngs=rngs)[0]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda seed: DropConnectLinear.create(4, 5, 0.5, rngs=nnx.Rngs(seed)), replaced],
+    ids=["layer", "model"],
+)
+def test_orbax_restores_weights_and_the_place_in_the_stream(build, tmp_path):
+    import orbax.checkpoint as checkpoint
+
+    layer = build(0)
     layer(X)
+
+    def is_key(a):
+        return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
 
     def arrays(module):
         # Typed keys are saved as their words.
-        return jax.tree.map(
-            lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a,
-            nnx.to_pure_dict(nnx.state(module)),
-        )
+        state = nnx.to_pure_dict(nnx.state(module))
+        return jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, state)
+
+    def as_stored(like, a):
+        return jax.random.wrap_key_data(a) if is_key(like) else a
 
     with checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "layer", arrays(layer))
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "layer", arrays(make()))
-    restored["rngs"]["key"] = jax.random.wrap_key_data(restored["rngs"]["key"])
-    other = DropConnectLinear.create(4, 5, 0.5, rngs=nnx.Rngs(99))
-    nnx.update(other, restored)
+        restored = checkpointer.restore(tmp_path / "layer", arrays(build(1)))
+    other = build(99)
+    nnx.update(other, jax.tree.map(as_stored, nnx.to_pure_dict(nnx.state(other)), restored))
     np.testing.assert_array_equal(other(X), layer(X))
 
 
