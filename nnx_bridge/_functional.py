@@ -65,10 +65,11 @@ class NNXGroup:
             for path, leaf in zip(self._paths, self._leaves, strict=True)
             if not visible(path[1:], leaf)
         ]
+        unseen = {*self._hidden, *_flax_private.captures_of_lists(self._paths)}
         shown = {
             path: leaf
             for path, leaf in zip(self._paths, self._leaves, strict=True)
-            if path not in set(self._hidden)
+            if path not in unseen
         }
         self.variables = self._by_target(shown)
 

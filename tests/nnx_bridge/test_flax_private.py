@@ -171,3 +171,14 @@ def test_a_variable_that_jax_takes_apart_and_puts_together_is_a_new_one() -> Non
     assert copy is not variable
     assert copy.get_raw_value() is variable.get_raw_value()
     assert copy.unit == "m"
+
+
+def test_captures_of_lists_stand_among_the_items() -> None:
+    """Where Flax keeps them elsewhere, `captures_of_lists` is of no use any more."""
+
+    def paths(mdl: Any) -> Any:
+        return set(_flax_private.captures_of_lists(_flax_private.flatten(mdl)[1]))
+
+    found, _ = nnx.capture(paths, nnx.Intermediate)(models.make(models.Encoder))
+    assert {path[:2] for path in found} == {("blocks", "__captures__")}
+    assert not paths(models.make(models.Encoder))
