@@ -97,7 +97,13 @@ class Linen(nn.Module):
             case "vmap":
                 axes = {name: 0 for name in COLLECTIONS}
                 split = {"params": True, "dropout": True}
-                mapped = nn.vmap(Linen, variable_axes=axes, split_rngs=split, axis_size=2)
+                mapped = nn.vmap(
+                    Linen,
+                    variable_axes=axes,
+                    split_rngs=split,
+                    axis_size=2,
+                    metadata_params={nn.PARTITION_NAME: "copies"},
+                )
                 return mapped(recipe, self.dtype)(jnp.stack([x, 2 * x])).sum(0)
         return Linen(recipe, self.dtype)(x)
 
