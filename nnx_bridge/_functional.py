@@ -10,14 +10,16 @@ The variables of a target are an `nnx.State`, as `nnx.state` gives it. A Variabl
 targets hold belongs to the first.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.core import DenyList
 from flax.core.scope import in_filter
+from flax.errors import TraceContextError
 
 from lifted._errors import Path
 from lifted._group import Filter, register_group
@@ -86,7 +88,7 @@ class NNXGroup:
         copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
         snapshot = Snapshot(nodes)
         targets = list(copies)
-        with without(targets, self._hidden):
+        with _explained(), without(targets, self._hidden):
             y = body(targets)
         if snapshot.holds():
             return y, NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
@@ -142,8 +144,8 @@ class NNXGroup:
         return tree
 
     def names(self, variables: list[Any]) -> list[str]:
-        flat = self._flat(variables).values()
-        return sorted({collection_name(type(x)) for x in flat if isinstance(x, nnx.Variable)})
+        types = {type(x) for x in self._flat(variables).values() if isinstance(x, nnx.Variable)}
+        return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
     def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
         """The updates where the graph has changed."""
@@ -208,6 +210,21 @@ def _names_streams(rngs: Filter) -> bool:
     return isinstance(rngs, (bool, str, DenyList)) or (
         isinstance(rngs, Collection) and all(isinstance(r, str) for r in rngs)
     )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says what to do where ``fn`` writes to a module that it closes over."""
+    try:
+        yield
+    except TraceContextError as error:
+        note = (
+            "Does fn write to a module that it closes over? Put that module into mdl, which may be "
+            "a pytree: a transform calls fn((mdl, other), ...) for mdl=(mdl, other)."
+        )
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def _filled(tree: Any, value: Any) -> Any:
