@@ -173,12 +173,12 @@ def test_a_variable_that_jax_takes_apart_and_puts_together_is_a_new_one() -> Non
     assert copy.unit == "m"
 
 
-def test_captures_of_lists_stand_among_the_items() -> None:
-    """Where Flax keeps them elsewhere, `captures_of_lists` is of no use any more."""
+def test_captures_of_lists_stand_nowhere_but_among_the_items() -> None:
+    """In Flax 0.12.8; where no longer, `captures_of_lists` has nothing to do."""
 
     def paths(mdl: Any) -> Any:
         return set(_flax_private.captures_of_lists(_flax_private.flatten(mdl)[1]))
 
     found, _ = nnx.capture(paths, nnx.Intermediate)(models.make(models.Encoder))
-    assert {path[:2] for path in found} == {("blocks", "__captures__")}
+    assert {path[:2] for path in found} <= {("blocks", "__captures__")}
     assert not paths(models.make(models.Encoder))
