@@ -106,7 +106,7 @@ def test_of_two_modules_neither_is_written_where_one_belongs_to_another_trace() 
         own = models.make(Everything)
         fn = lambda mdls, x: mdls[0](x) + mdls[1](x)  # noqa: E731
         try:
-            lifted.jvp(fn, (own, outer), (x,), (x,), {})
+            lifted.jvp(fn, (own, outer), (x,), (x,), None)
         finally:
             seen.append(own.drop.rngs.count.get_raw_value())
         return x.sum()

@@ -38,6 +38,7 @@ FILTERS: dict[str, tuple[Any, set[str]]] = {
     "all of NNX": (nnx.All(nnx.Param, nnx.PathContains("dense")), {"dense/kernel", "dense/bias"}),
     "none of NNX": (nnx.Not(nnx.Param), STATS),
     "a predicate": (lambda path, x: path[-1] == "bias", {"dense/bias", "norm/bias", "out/bias"}),
+    "a predicate of the whole path": (lambda path, x: path == ("out", "bias"), {"out/bias"}),
     "...": (..., PARAMS | STATS),
 }
 
@@ -119,6 +120,11 @@ def test_the_visible_variables(visible: Any, paths: set[str]) -> None:
     _, seen = lifted.grad(_names, mdl, X, variables=visible, has_aux=True)
     assert set(seen) == paths
     assert _paths(nnx.state(mdl)) == PARAMS | STATS
+
+
+def test_the_variables_of_a_functional_are_the_visible_ones() -> None:
+    functional = lifted.functionalize(models.make(models.Norm), variables="params")
+    assert _paths(functional.variables) == PARAMS
 
 
 def test_what_is_differentiated_is_visible_too() -> None:
