@@ -74,7 +74,7 @@ class Linen(nn.Module):
                 case "perturb":
                     x = self.perturb(f"x{i}", x)
                 case "count":
-                    count = self.variable("state", "count", lambda: jnp.int32(0))
+                    count = self.variable("state", f"count{i}", lambda: jnp.int32(0))
                     count.value += 1
                     x = x * count.value
                 case "boxed":

@@ -203,6 +203,18 @@ def test_a_hidden_variable_that_is_a_target() -> None:
     assert seen is None
 
 
+def test_what_fn_puts_in_the_place_of_a_hidden_variable_stays() -> None:
+    def fn(mdl: Any, x: jax.Array) -> jax.Array:
+        mdl.table["b"] = nnx.BatchStat(x)
+        mdl.items[1] = nnx.BatchStat(x)
+        return mdl(x)
+
+    mdl = Plain()
+    lifted.grad(fn, mdl, X[0], variables="params")
+    assert_trees_equal(mdl.table["b"][...], X[0])
+    assert_trees_equal(mdl.items[1][...], X[0])
+
+
 # RNG streams.
 
 
