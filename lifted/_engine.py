@@ -58,8 +58,9 @@ class Call:
         for i, primal in enumerate(primals):
             if any(map(is_target, leaves(primal))):
                 raise TypeError(
-                    f"{name}: primal {i} holds a module or a scope. Put it into mdl, which may be "
-                    f"a pytree: lifted.{name}(fn, (mdl, other), ...) calls fn((mdl, other), ...)."
+                    f"{name}: primal {i} holds a module, a scope or a Variable. Put it into mdl, "
+                    f"which may be a pytree: lifted.{name}(fn, (mdl, other), ...) calls "
+                    "fn((mdl, other), ...)."
                 )
         return cls(name, fn, functional, tuple(primals), has_aux)
 
@@ -219,9 +220,10 @@ def check_selects(call: Call, selected: Filter, argument: str) -> Callable[[Vari
         if isinstance(selected, bool) or selected == "params":
             return
         if not any(jax.tree.leaves(call.functional.match(variables, selected))):
+            name = getattr(selected, "__name__", selected)
             raise ValueError(
                 f"{call.name}: {argument}={selected!r} selects no variable of mdl; "
-                f"{suggestion(selected, call.functional.names(variables))}."
+                f"{suggestion(name, call.functional.names(variables))}."
             )
 
     return check

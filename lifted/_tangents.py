@@ -55,7 +55,9 @@ def match_tangents(values: Any, tangents: Any, path: Path, *, partial: bool = Fa
         and [k for k, _ in inner] == [k for k, _ in children]
         and _alike(values, tangents)
     ):
-        pairs = [(v, t, (*path, key)) for (key, v), (_, t) in zip(children, inner, strict=True)]
+        # What stands in a box has the path of the box.
+        below = [path if _is_box(values, children) else (*path, key) for key, _ in children]
+        pairs = [(v, t, p) for (_, v), (_, t), p in zip(children, inner, below, strict=True)]
         return [
             t for v, tangent, p in pairs for t in match_tangents(v, tangent, p, partial=partial)
         ]

@@ -42,7 +42,7 @@ def to_predicate(filter: Any) -> Predicate:
         return lambda path, leaf: any(predicate(path, leaf) for predicate in predicates)
     try:
         return nnx.filterlib.to_predicate(filter)
-    except TypeError:
+    except (TypeError, ValueError):  # Flax's own message for what is no filter cannot be formatted.
         raise TypeError(
             "filter: expected a bool, the name of a collection such as 'params', a Variable type "
             "such as nnx.Param, a predicate (path, value) -> bool, or a sequence of these; got "

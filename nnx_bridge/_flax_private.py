@@ -54,6 +54,20 @@ def rng_stream(variable: Any) -> str | None:
     return variable.get_metadata().get("tag") if isinstance(variable, nnx.RngState) else None
 
 
+def captures_of_lists(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    """Those ``paths`` that lead to what `nnx.capture` records for an `nnx.List` itself.
+
+    A list's other keys are integers, and an `nnx.State` whose keys are of two types can neither be
+    flattened by JAX nor by Flax.
+    """
+    lists = {path[:i] for path in paths for i, key in enumerate(path) if isinstance(key, int)}
+    return {
+        path
+        for path in paths
+        if any(key == _CAPTURES and path[:i] in lists for i, key in enumerate(path))
+    }
+
+
 @contextlib.contextmanager
 def captures(module: nnx.Module, variables: Sequence[nnx.Variable[Any]]) -> Iterator[None]:
     """Lets ``sow`` and ``perturb`` of ``module`` find ``variables``, in front of those that it has.

@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 from flax.core import DenyList
 from flax.core.scope import in_filter
+from flax.errors import TraceContextError
 
 from lifted._errors import Path
 from lifted._group import Filter, register_group
@@ -66,10 +67,11 @@ class NNXGroup:
             for path, leaf in zip(self._paths, self._leaves, strict=True)
             if not visible(path[1:], leaf)
         ]
+        unseen = {*self._hidden, *_flax_private.captures_of_lists(self._paths)}
         shown = {
             path: leaf
             for path, leaf in zip(self._paths, self._leaves, strict=True)
-            if path not in set(self._hidden)
+            if path not in unseen
         }
         self.variables = self._by_target(shown)
 
@@ -85,7 +87,7 @@ class NNXGroup:
         copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
         snapshot = Snapshot(nodes)
         targets = list(copies)
-        with contextlib.ExitStack() as hiding:
+        with _explained(), contextlib.ExitStack() as hiding:
             hiding.enter_context(without(targets, self._hidden))
 
             def written() -> NNXUpdates:
@@ -146,8 +148,8 @@ class NNXGroup:
         return tree
 
     def names(self, variables: list[Any]) -> list[str]:
-        flat = self._flat(variables).values()
-        return sorted({collection_name(type(x)) for x in flat if isinstance(x, nnx.Variable)})
+        types = {type(x) for x in self._flat(variables).values() if isinstance(x, nnx.Variable)}
+        return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
     def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
         """The updates where the graph has changed."""
@@ -212,6 +214,21 @@ def _names_streams(rngs: Filter) -> bool:
     return isinstance(rngs, (bool, str, DenyList)) or (
         isinstance(rngs, Collection) and all(isinstance(r, str) for r in rngs)
     )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says what to do where ``fn`` writes to a module that it closes over."""
+    try:
+        yield
+    except TraceContextError as error:
+        note = (
+            "Does fn write to a module that it closes over? Put that module into mdl, which may be "
+            "a pytree: a transform calls fn((mdl, other), ...) for mdl=(mdl, other)."
+        )
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def _filled(tree: Any, value: Any) -> Any:

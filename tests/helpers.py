@@ -77,7 +77,7 @@ def normal(*shape: int, seed: int = 1, dtype: Any = jnp.float32) -> jax.Array:
 def normal_like(tree: Any, seed: int = 2) -> Any:
     """A tangent for each leaf of ``tree``, None where a leaf cannot have one."""
     leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
+    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))[: len(leaves)]
     drawn = [
         jax.random.normal(k, np.shape(x), jnp.asarray(x).dtype)
         if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)

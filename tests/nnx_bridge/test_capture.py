@@ -240,3 +240,20 @@ def test_a_broadcast_module_needs_an_axis_for_what_it_records() -> None:
     _, sown, zeros = mapped(nnx.StateAxes({(nnx.Intermediate, nnx.Perturbation): 0, ...: None}))(x)
     assert_trees_equal(sown["input"].get_value(), (x,))
     assert zeros["hidden"].get_value().shape == x.shape
+
+
+@pytest.mark.parametrize("capture", [nnx_bridge.capture, nnx.capture])
+def test_a_lifted_transform_inside_a_model_with_lists(capture: Any) -> None:
+    """`nnx.capture` keeps what an `nnx.List` would sow among the items of the list."""
+
+    class Listed(nnx.Module):
+        def __init__(self) -> None:
+            self.blocks = nnx.List([block(), block()])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return sum(b(x).sum() for b in self.blocks)
+
+    grads = lambda mdl, x: lifted.grad(lambda m, x: m(x), mdl, x, grad_variables="params")  # noqa: E731
+    _, expected = nnx.capture(Listed(), nnx.Intermediate)(X)
+    _, sown = capture(grads, nnx.Intermediate)(Listed(), X)
+    assert_trees_equal(sown, expected)

@@ -185,3 +185,14 @@ def test_the_state_is_that_of_the_transform_in_progress() -> None:
     outside, *inside = seen
     assert outside == _flax_private.trace_state()
     assert all(state != outside for state in inside)
+
+
+def test_captures_of_lists_stand_nowhere_but_among_the_items() -> None:
+    """In Flax 0.12.8; where no longer, `captures_of_lists` has nothing to do."""
+
+    def paths(mdl: Any) -> Any:
+        return set(_flax_private.captures_of_lists(_flax_private.flatten(mdl)[1]))
+
+    found, _ = nnx.capture(paths, nnx.Intermediate)(models.make(models.Encoder))
+    assert {path[:2] for path in found} <= {("blocks", "__captures__")}
+    assert not paths(models.make(models.Encoder))

@@ -53,11 +53,11 @@ def our_gradient(state: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
 Pure = Callable[[nnx.State, jax.Array], tuple[jax.Array, nnx.State]]
 JAX: dict[str, Callable[[Pure], Any]] = {
     "jit": lambda f: jax.jit(f)(STATE, X),
-    "grad": lambda f: jax.grad(lambda x: f(STATE, x)[0].sum())(X),
+    "grad": lambda f: jax.jit(jax.grad(lambda x: f(STATE, x)[0].sum()))(X),
     "jvp": lambda f: jax.jvp(lambda x: f(STATE, x), (X,), (X,)),
-    "vmap": lambda f: jax.vmap(lambda x: f(STATE, x))(jnp.stack([X, 2 * X])),
+    "vmap": lambda f: jax.jit(jax.vmap(lambda x: f(STATE, x)))(jnp.stack([X, 2 * X])),
     "scan": lambda f: jax.lax.scan(lambda s, x: f(s, x)[::-1], STATE, jnp.stack([X, 2 * X])),
-    "checkpoint": lambda f: jax.grad(lambda x: jax.checkpoint(f)(STATE, x)[0].sum())(X),
+    "checkpoint": lambda f: jax.jit(jax.grad(lambda x: jax.checkpoint(f)(STATE, x)[0].sum()))(X),
     "cond": lambda f: jax.lax.cond(X.sum() > 0, f, lambda s, x: (x, s), STATE, X),
     "while_loop": lambda f: jax.lax.while_loop(
         lambda c: c[0] < 2, lambda c: (c[0] + 1, *f(c[2], c[1])[::1]), (0, X, STATE)
@@ -308,7 +308,7 @@ def test_forward_over_reverse_over_forward() -> None:
 
     mdl = models.make(models.MLP)
     fn = lambda mdl, x: lifted.grad(second, mdl, x, grad_variables="params")  # noqa: E731
-    with strict():
+    with jax.checking_leaks():
         actual = lifted.jvp(fn, mdl, (X,), (X,), {})
     graphdef, state = nnx.split(mdl)
 

@@ -97,3 +97,20 @@ def test_a_closed_over_module_of_another_trace_is_not_half_written() -> None:
     with pytest.raises(flax.errors.TraceContextError, match="different trace level"):
         jax.grad(inside)(X)
     assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(mdl)), values, strict=True))
+
+
+def test_of_two_modules_neither_is_written_where_one_belongs_to_another_trace() -> None:
+    outer, seen = models.make(Everything), []
+
+    def inside(x: jax.Array) -> jax.Array:
+        own = models.make(Everything)
+        fn = lambda mdls, x: mdls[0](x) + mdls[1](x)  # noqa: E731
+        try:
+            lifted.jvp(fn, (own, outer), (x,), (x,), None)
+        finally:
+            seen.append(own.drop.rngs.count.get_raw_value())
+        return x.sum()
+
+    with pytest.raises(flax.errors.TraceContextError, match="different trace level"):
+        jax.grad(inside)(X)
+    assert seen == [0]

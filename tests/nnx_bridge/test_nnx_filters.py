@@ -38,6 +38,7 @@ FILTERS: dict[str, tuple[Any, set[str]]] = {
     "all of NNX": (nnx.All(nnx.Param, nnx.PathContains("dense")), {"dense/kernel", "dense/bias"}),
     "none of NNX": (nnx.Not(nnx.Param), STATS),
     "a predicate": (lambda path, x: path[-1] == "bias", {"dense/bias", "norm/bias", "out/bias"}),
+    "a predicate of the whole path": (lambda path, x: path == ("out", "bias"), {"out/bias"}),
     "...": (..., PARAMS | STATS),
 }
 
@@ -121,6 +122,11 @@ def test_the_visible_variables(visible: Any, paths: set[str]) -> None:
     assert _paths(nnx.state(mdl)) == PARAMS | STATS
 
 
+def test_the_variables_of_a_functional_are_the_visible_ones() -> None:
+    functional = lifted.functionalize(models.make(models.Norm), variables="params")
+    assert _paths(functional.variables) == PARAMS
+
+
 def test_what_is_differentiated_is_visible_too() -> None:
     mdl = models.make(models.MLP)
     grads, _ = lifted.grad(total, mdl, X, variables=False, grad_variables="params")
@@ -195,6 +201,18 @@ def test_a_hidden_variable_that_is_a_target() -> None:
     targets = models.make(models.MLP), count
     _, seen = lifted.grad(fn, targets, X, variables="params", has_aux=True)
     assert seen is None
+
+
+def test_what_fn_puts_in_the_place_of_a_hidden_variable_stays() -> None:
+    def fn(mdl: Any, x: jax.Array) -> jax.Array:
+        mdl.table["b"] = nnx.BatchStat(x)
+        mdl.items[1] = nnx.BatchStat(x)
+        return mdl(x)
+
+    mdl = Plain()
+    lifted.grad(fn, mdl, X[0], variables="params")
+    assert_trees_equal(mdl.table["b"][...], X[0])
+    assert_trees_equal(mdl.items[1][...], X[0])
 
 
 # RNG streams.
