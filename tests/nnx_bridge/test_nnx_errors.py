@@ -12,7 +12,7 @@ from flax import nnx
 
 import lifted
 from tests.helpers import call, normal, total
-from tests.lifted.test_errors import TRANSFORMS, every_transform
+from tests.lifted.calls import CALLS, every_transform
 from tests.nnx_bridge import models
 
 X = normal(4, 3)
@@ -56,7 +56,7 @@ def test_fn_returns_a_module(transform: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", ["grad", "value_and_grad", "hvp"])
 def test_an_output_that_is_not_scalar(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: .*scalar, got float32\[4,2\].*jacrev"):
-        TRANSFORMS[name](call, NORM)
+        CALLS[name](call, NORM)
 
 
 def _linen(*path: str, value: Any = KERNEL) -> Any:

@@ -113,7 +113,7 @@ def _names(mdl: Any, x: jax.Array) -> Any:
         (nnx.BatchStat, STATS),
         (["params", nnx.BatchStat], PARAMS | STATS),
     ],
-    ids=repr,
+    ids=["all", "none", "a collection", "all but", "a type", "several"],
 )
 def test_the_visible_variables(visible: Any, paths: set[str]) -> None:
     mdl = models.make(models.Norm)
