@@ -72,7 +72,7 @@ class Inputs:
         """Path, for messages, and value of each leaf that is differentiated."""
         variables, primals = self.treedef.unflatten(self.leaves)
         named = jax.tree_util.tree_leaves_with_path({"primals": primals, "variables": variables})
-        entries = [(tuple(map(key_of, path)), leaf) for path, leaf in named]
+        entries = [(_name(path), leaf) for path, leaf in named]
         entries.sort(key=lambda entry: entry[0][0] == "primals")  # The order of `leaves`.
         return [entries[i] for i in self.active]
 
@@ -208,6 +208,15 @@ class Layout:
             k: aval.shape for k, aval in zip(self.sources, self.avals, strict=True) if k is not None
         }
         return [shapes[k] for k in sorted(shapes)]
+
+
+def _name(path: tuple[Any, ...]) -> Path:
+    """A path in names; the attribute in which a box or a Variable holds its value is none of
+    them."""
+    last = path[-1]
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        path = path[:-1]
+    return tuple(map(key_of, path))
 
 
 def _aval(x: Any) -> jax.ShapeDtypeStruct:

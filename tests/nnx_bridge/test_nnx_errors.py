@@ -218,3 +218,14 @@ def test_a_write_to_a_module_that_fn_closes_over() -> None:
     with pytest.raises(flax.errors.TraceContextError, match="different trace level") as error:
         lifted.grad(lambda mdl, x: total(other, x), NORM, X)
     assert any("Put that module into mdl" in note for note in error.value.__notes__)
+
+
+def test_a_real_variable_of_a_holomorphic_function() -> None:
+    with pytest.raises(TypeError, match=r"grad: variables/dense/bias: expected a complex input, g"):
+        lifted.grad(
+            total,
+            models.make(models.Norm),
+            X + 0j,
+            grad_variables="params",
+            holomorphic=True,
+        )
