@@ -44,9 +44,10 @@ def update_graph(graphdef: Any, leaves: Sequence[Any], indices: Indices) -> None
     graphlib.unflatten(graphdef, list(leaves), outer_index_outer_ref=outer)
 
 
-def attributes(node: Any) -> dict[str, Any]:
-    """The attributes of an NNX object, without those in which NNX keeps its own books."""
-    return {name: x for name, x in vars(node).items() if not name.startswith("_pytree__")}
+def attributes(slots: dict[str, Any]) -> dict[str, Any]:
+    """The attributes among the ``vars`` of an NNX object, without those in which NNX keeps its own
+    books."""
+    return {name: x for name, x in slots.items() if not name.startswith("_pytree__")}
 
 
 def rng_stream(variable: Any) -> str | None:

@@ -167,7 +167,7 @@ class NNXGroup:
             {
                 path: leaf
                 for path, leaf in zip(paths, after, strict=True)
-                if path not in old or not identical(old[path], leaf)
+                if path not in old or not _unchanged(old[path], leaf)
             }
         )
 
@@ -229,6 +229,15 @@ def _explained() -> Iterator[None]:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
+
+
+def _unchanged(before: Any, after: Any) -> bool:
+    """`identical`, without taking Variables apart where that can be avoided."""
+    if type(before) is type(after) and isinstance(before, nnx.Variable):
+        same_value = before.get_raw_value() is after.get_raw_value()
+        if same_value and before.get_metadata() == after.get_metadata():
+            return True
+    return identical(before, after)
 
 
 def _filled(tree: Any, value: Any) -> Any:

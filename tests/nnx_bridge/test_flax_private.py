@@ -76,10 +76,10 @@ def test_a_changed_copy_brings_the_original_to_its_state() -> None:
 
 
 def test_attributes_leave_out_the_books_of_nnx() -> None:
-    assert set(_flax_private.attributes(models.make(models.MLP))) == {"first", "second"}
+    assert set(_flax_private.attributes(vars(models.make(models.MLP)))) == {"first", "second"}
     mdl = models.make(models.Containers)
-    assert _flax_private.attributes(mdl.items)["0"] is mdl.items[0]
-    assert _flax_private.attributes(mdl.named)["a"] is mdl.named["a"]
+    assert _flax_private.attributes(vars(mdl.items))["0"] is mdl.items[0]
+    assert _flax_private.attributes(vars(mdl.named))["a"] is mdl.named["a"]
 
 
 def test_attributes_are_those_that_can_be_written() -> None:
@@ -123,7 +123,7 @@ def test_a_context_ends_when_it_raises() -> None:
     mdl = Sower()
     with pytest.raises(RuntimeError), _flax_private.captures(mdl, _context()):
         raise RuntimeError
-    assert not _flax_private.attributes(mdl)
+    assert not _flax_private.attributes(vars(mdl))
 
 
 def test_an_inner_context_leaves_other_types_to_the_outer_one() -> None:
