@@ -69,7 +69,7 @@ def run(rounds: int = 20) -> Table:
         table.add("run", name, "recipe", ratio, seconds, 1.02 if name == "capture_grad" else None)
     compile_calls = {name: compiling(call) for name, call in calls.items()}
     ratios, seconds = interleaved(
-        compile_calls, "recipe", rounds // 2, "tracing and compiling", time.process_time
+        compile_calls, "recipe", rounds, "tracing and compiling", time.process_time
     )
     for name, ratio in ratios.items():
         claim = 1.0 if name == "capture_grad" else None

@@ -86,7 +86,7 @@ def record(fn: Callable[[Any], Any], mdl: Any, recording: Recording) -> tuple[An
             if "axis spec None" in str(error):
                 error.add_note(_BROADCAST)
             raise
-        of_native, of_linen = [read_nnx(_type(kind)) for kind in recording.kinds], read_linen()
+        of_native, of_linen = read_nnx(), read_linen()
     recorded = []
     for native_trees, linen_trees in zip(of_native, of_linen, strict=True):
         trees = dict(zip([*native, *linen], [*native_trees, *linen_trees], strict=True))
@@ -115,9 +115,9 @@ def _modules(targets: Sequence[Any]) -> list[tuple[int, tuple[Any, ...], nnx.Mod
 @contextlib.contextmanager
 def _captures(
     targets: Sequence[Any], recording: Recording, seeds: Sequence[Any]
-) -> Iterator[Callable[[type[nnx.Variable[Any]]], list[nnx.State]]]:
-    """Gives the modules a context of `nnx.capture`; yields a function that reads what it
-    recorded."""
+) -> Iterator[Callable[[], list[list[nnx.State]]]]:
+    """Gives the modules a context of `nnx.capture`; yields a function that reads for each kind what
+    each target recorded."""
     types = tuple(_type(kind) for kind in recording.kinds)
     started = [dict(nnx.to_flat_state(seed)) if seed is not None else {} for seed in seeds]
     for target, flat in zip(targets, started, strict=True):
@@ -125,7 +125,10 @@ def _captures(
             _check_seed(target, path)
     modules = _modules(targets)
     with contextlib.ExitStack() as stack:
-        stack.callback(_leave_new, targets, {id(module) for _, _, module in modules}, set(types))
+        has_hosts = any(isinstance(module, Node) for _, _, module in modules)
+        if has_hosts:
+            known = {id(module) for _, _, module in modules}
+            stack.callback(_leave_new, targets, known, set(types))
         for i, path, module in modules:
             own: dict[Any, dict[Any, Any]] = {kind: {} for kind in types}
             for seed_path, variable in started[i].items():
@@ -142,16 +145,20 @@ def _captures(
             stack.enter_context(sowing_outputs(native, types[0], recording.outputs))
             stack.enter_context(_linen_outputs(recording.outputs, collection(recording.kinds[0])))
 
-        def collect(kind: type[nnx.Variable[Any]]) -> list[nnx.State]:
-            flat: list[list[Any]] = [[] for _ in seeds]
-            for i, path, module in _modules(targets):
+        def read() -> list[list[nnx.State]]:
+            flat: dict[Any, list[list[Any]]] = {kind: [[] for _ in seeds] for kind in types}
+            for i, path, module in _modules(targets) if has_hosts else modules:
                 for variable in _flax_private.captured(module) or ():
-                    if type(variable) is kind:
+                    if type(variable) in flat:
                         values = dict.items(variable.get_raw_value())
-                        flat[i] += [((*path, name), kind(value)) for name, value in values]
-            return [nnx.from_flat_state(f) if f else nnx.State({}) for f in flat]
+                        of_target = flat[type(variable)][i]
+                        of_target += [((*path, n), type(variable)(x)) for n, x in values]
+            return [
+                [nnx.from_flat_state(f) if f else nnx.State({}) for f in flat[kind]]
+                for kind in types
+            ]
 
-        yield collect
+        yield read
 
 
 def _check_seed(target: Any, path: tuple[Any, ...]) -> None:
