@@ -90,7 +90,7 @@ class Call:
         self,
         attempt: Attempt,
         selected: Filter,
-        validate: Callable[[Variables], None] | None = None,
+        validate: Callable[[Variables], None],
     ) -> Any:
         """The result of ``attempt``, with its updates published.
 
@@ -105,7 +105,6 @@ class Call:
             arguments say.
         """
         functional = self.functional
-        validate = validate or (lambda variables: None)
         if not functional.initializing:
             validate(functional.variables)
         result, updates = attempt(functional.variables)

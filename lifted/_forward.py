@@ -74,14 +74,13 @@ class Direction:
         inputs = Inputs.of(variables, self.primals, [t is not None for t in tangents])
         return inputs, [tangents[i] for i in inputs.active]
 
-    def validate(self, functional: Functional) -> Callable[[Variables], None] | None:
-        """For `Call.finish`: inside ``init`` tangents can be checked only once the variables
-        exist."""
-        if not functional.initializing:
-            return None
+    def validate(self, functional: Functional) -> Callable[[Variables], None]:
+        """A check, for `Call.finish`, that tangents of variables that ``init`` creates match
+        them."""
 
         def validate(variables: Variables) -> None:
-            self.match(functional, variables, False)
+            if functional.initializing:
+                self.match(functional, variables, False)
 
         return validate
 
@@ -174,12 +173,12 @@ def jvp(
         )
         result = (y, y_dot, aux) if has_aux else (y, y_dot)
         if return_variable_tangents:
-            leaves = jax.tree.leaves(call.functional.written(updates))
-            dots = iter(written_dot)
+            written, dots = call.functional.written(updates), iter(written_dot)
             leaves = [
-                next(dots) if is_differentiable(x) else zeros_float0(np.shape(x)) for x in leaves
+                next(dots) if is_differentiable(x) else zeros_float0(np.shape(x))
+                for x in jax.tree.leaves(written)
             ]
-            result = (*result, structure(call.functional.written(updates)).unflatten(leaves))
+            result = (*result, structure(written).unflatten(leaves))
         return result, updates
 
     return call.finish(attempt, visible, direction.validate(call.functional))

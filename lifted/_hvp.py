@@ -95,7 +95,6 @@ def hvp(
 
     def validate(variables: Variables) -> None:
         check_selects(call, grad_variables, "grad_variables")(variables)
-        if call.functional.initializing:
-            direction.match(call.functional, variables, False)
+        direction.validate(call.functional)(variables)
 
     return call.finish(attempt, True, validate)

@@ -51,7 +51,7 @@ class LinenUpdates:
 
 
 class LinenGroup:
-    """Bound Linen modules and scopes; see `lifted._functional.Group`."""
+    """Bound Linen modules and scopes; see `lifted._group.Group`."""
 
     def __init__(
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter

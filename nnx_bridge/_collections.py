@@ -23,6 +23,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
+from lifted._nested import flat
 from lifted._trees import identical
 
 Variables = Mapping[str, Any]
@@ -235,7 +236,7 @@ def flatten(variables: Variables) -> Iterator[tuple[Path, Any]]:
                 f"{type(tree).__name__} at {collection!r}; a dict of parameters alone is "
                 "written {'params': parameters}"
             )
-        yield from _flatten((collection,), tree)
+        yield from flat(tree, (collection,))
 
 
 def free_name(collection: str, name: str, taken: Mapping[str, Any] | set[str]) -> str:
@@ -251,11 +252,3 @@ def renamed(variable: nnx.Variable[Any], name: str, attribute: str) -> nnx.Varia
     if attribute != name:
         variable.set_metadata(_NAME, name)
     return variable
-
-
-def _flatten(path: Path, tree: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten((*path, name), value)
-        else:
-            yield (*path, name), value

@@ -50,7 +50,7 @@ class NNXUpdates:
 
 
 class NNXGroup:
-    """NNX modules and Variables; see `lifted._functional.Group`."""
+    """NNX modules and Variables; see `lifted._group.Group`."""
 
     initializing = False
 

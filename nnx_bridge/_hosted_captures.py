@@ -16,22 +16,19 @@ from flax import nnx
 
 from lifted._trees import identical
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import Path, Variables, collection_name
+from nnx_bridge._collections import Path, Variables, collection_name, nest
 from nnx_bridge._tree import Node, node_at, nodes
 
 
 def recorded(root: Node) -> dict[str, dict[str, Any]]:
     """The collections that a context around the call records, with what they hold so far."""
-    collections: dict[str, dict[str, Any]] = {}
-    for path, node in nodes(root):
-        for variable in _flax_private.captured(node) or ():
-            tree = collections.setdefault(collection_name(type(variable)), {})
-            values = _values(variable)
-            if values:
-                for name in path:
-                    tree = tree.setdefault(name, {})
-                tree.update(values)
-    return collections
+    held = [
+        ((collection_name(type(variable)), *path), _values(variable))
+        for path, node in nodes(root)
+        for variable in _flax_private.captured(node) or ()
+    ]
+    values = nest(((*path, name), value) for path, of in held for name, value in of.items())
+    return {path[0]: values.get(path[0], {}) for path, _ in held}
 
 
 def deposit(root: Node, collections: Variables, modules: Sequence[Path]) -> None:

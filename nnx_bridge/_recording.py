@@ -119,10 +119,11 @@ def _captures(
     """Gives the modules a context of `nnx.capture`; yields a function that reads for each kind what
     each target recorded."""
     types = tuple(_type(kind) for kind in recording.kinds)
-    started = [dict(nnx.to_flat_state(seed)) if seed is not None else {} for seed in seeds]
-    for target, flat in zip(targets, started, strict=True):
-        for path in flat:
+    started: dict[Any, list[tuple[Any, nnx.Variable[Any]]]] = {}
+    for i, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
+        for path, variable in nnx.to_flat_state(seed) if seed is not None else ():
             _check_seed(target, path)
+            started.setdefault((i, path[:-1]), []).append((path[-1], variable))
     modules = _modules(targets)
     with contextlib.ExitStack() as stack:
         has_hosts = any(isinstance(module, Node) for _, _, module in modules)
@@ -131,9 +132,8 @@ def _captures(
             stack.callback(_leave_new, targets, known, set(types))
         for i, path, module in modules:
             own: dict[Any, dict[Any, Any]] = {kind: {} for kind in types}
-            for seed_path, variable in started[i].items():
-                if seed_path[:-1] == tuple(path):
-                    own.setdefault(type(variable), {})[seed_path[-1]] = variable.get_value()
+            for name, variable in started.get((i, tuple(path)), ()):
+                own.setdefault(type(variable), {})[name] = variable.get_value()
             variables = tuple(
                 kind((Perturbations if issubclass(kind, nnx.Perturbation) else Records)(values))
                 for kind, values in own.items()

@@ -1,6 +1,6 @@
 """Tangents of NNX Variables in the forms in which users have them, as an `nnx.State`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from lifted._errors import Path, path_text, suggestion
 from lifted._group import Filter
 from lifted._inputs import is_differentiable
+from lifted._nested import flat
 from nnx_bridge._collections import collection_name, linen_path
 
 
@@ -36,7 +37,8 @@ def as_state(tangents: Any, variables: Any) -> Any:
         return tangents
     if isinstance(tangents, nnx.State) or not _is_linen(tangents, variables):
         return tangents
-    rest = {path: value for path, value in _flatten(tangents)}
+    given = {tuple(map(str, path)): value for path, value in flat(tangents, ())}
+    rest = {path: value for path, value in given.items() if value is not None}
     found = {}
     for path, variable in nnx.to_flat_state(variables):
         if isinstance(variable, nnx.Variable):
@@ -69,10 +71,9 @@ def _of_module(tangents: nnx.Pytree, variables: Any) -> nnx.State:
         if path not in given:
             raise ValueError(
                 f"variable_tangents: {type(tangents).__name__} is given as tangents of a module, "
-                "but it "
-                f"has no {path_text(path)}; {suggestion(path_text(path), map(path_text, given))}. "
-                "For "
-                "tangents of some of the Variables give an nnx.State or {'params': {...}}."
+                f"but it has no {path_text(path)}; "
+                f"{suggestion(path_text(path), map(path_text, given))}. For tangents of some of "
+                "the Variables give an nnx.State or {'params': {...}}."
             )
     return nnx.from_flat_state([(path, given[path]) for path in wanted])
 
@@ -80,11 +81,3 @@ def _of_module(tangents: nnx.Pytree, variables: Any) -> nnx.State:
 def _is_linen(tangents: Mapping[Any, Any], variables: nnx.State) -> bool:
     """Whether the keys are names of collections, not of attributes."""
     return not all(key in variables for key in tangents)
-
-
-def _flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, str(key)))
-        elif value is not None:
-            yield (*path, str(key)), value
