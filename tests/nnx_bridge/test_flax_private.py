@@ -83,7 +83,7 @@ def test_attributes_leave_out_the_books_of_nnx() -> None:
 
 
 def test_attributes_are_those_that_can_be_written() -> None:
-    """`nnx_bridge._hidden` takes attributes from `vars` and puts them back."""
+    """`nnx_bridge.functional._hidden` takes attributes from `vars` and puts them back."""
     mdl = models.make(models.Containers)
     kernel = vars(mdl.items[0]).pop("kernel")
     assert not hasattr(mdl.items[0], "kernel")

@@ -26,10 +26,10 @@ from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name
-from nnx_bridge._filters import to_predicate
-from nnx_bridge._hidden import without
-from nnx_bridge._snapshot import Snapshot
-from nnx_bridge._tangents import as_state, visible_for
+from nnx_bridge.functional._filters import to_predicate
+from nnx_bridge.functional._hidden import without
+from nnx_bridge.functional._snapshot import Snapshot
+from nnx_bridge.functional._tangents import as_state, visible_for
 
 
 @jax.tree_util.register_dataclass

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from nnx_bridge._case import CaseError, load_case
-from nnx_bridge._equivalence import STEPS, check
-from nnx_bridge._report import Report
+from nnx_bridge.equivalence._case import CaseError, load_case
+from nnx_bridge.equivalence._check import STEPS, check
+from nnx_bridge.equivalence._report import Report
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
 

@@ -18,8 +18,8 @@ from flax import nnx
 from flax.core.scope import CollectionFilter, in_filter, union_filters
 
 from nnx_bridge._collections import Variables
-from nnx_bridge._hosted_captures import called_modules, deposit, recorded
-from nnx_bridge._tree import Node, fill, node_at, read, write
+from nnx_bridge.host._captures import called_modules, deposit, recorded
+from nnx_bridge.host._tree import Node, fill, node_at, read, write
 
 Keys: TypeAlias = jax.Array | dict[str, jax.Array]
 Method: TypeAlias = str | Callable[..., Any] | None

@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 from flax.core.scope import CollectionFilter, in_filter
 
-from nnx_bridge._case import Case, CaseError
-from nnx_bridge._host import default_mutable
+from nnx_bridge.equivalence._case import Case, CaseError
+from nnx_bridge.host._host import default_mutable
 
 Arrays = dict[str, Any]  # Arrays by their paths.
 

@@ -18,10 +18,9 @@ import numpy as np
 from flax import nnx
 
 import lifted
-from nnx_bridge._case import Case
 from nnx_bridge._collections import to_variables
-from nnx_bridge._host import Host, unhost
-from nnx_bridge._problem import (
+from nnx_bridge.equivalence._case import Case
+from nnx_bridge.equivalence._problem import (
     Arrays,
     Data,
     Problem,
@@ -31,7 +30,8 @@ from nnx_bridge._problem import (
     first_line,
     inexact,
 )
-from nnx_bridge._report import Report, Row, compare_arrays, raised
+from nnx_bridge.equivalence._report import Report, Row, compare_arrays, raised
+from nnx_bridge.host._host import Host, unhost
 
 Results = dict[str, Arrays]
 Program = Callable[[str], Results]  # From the name of a stage.

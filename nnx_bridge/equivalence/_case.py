@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core.scope import CollectionFilter
 
 from nnx_bridge._collections import Variables
-from nnx_bridge._host import Method, check_linen_module
+from nnx_bridge.host._host import Method, check_linen_module
 
 _ACCEPTED = "a Case, or a tuple (module, args) or (module, args, kwargs)"
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nnx_bridge import Report, Row, Verdict
-from nnx_bridge._report import TOLERANCE, compare_arrays, raised
+from nnx_bridge.equivalence._report import TOLERANCE, compare_arrays, raised
 
 ONES = jnp.ones((2, 3))
 

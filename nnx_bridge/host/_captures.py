@@ -17,7 +17,7 @@ from flax import nnx
 from lifted._trees import identical
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import Path, Variables, collection_name, nest
-from nnx_bridge._tree import Node, node_at, nodes
+from nnx_bridge.host._tree import Node, node_at, nodes
 
 
 def recorded(root: Node) -> dict[str, dict[str, Any]]:

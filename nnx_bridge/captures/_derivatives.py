@@ -13,8 +13,8 @@ import lifted
 from lifted._engine import split_aux
 from lifted._group import Filter, is_target
 from lifted._trees import Static, structure
-from nnx_bridge._method_outputs import is_call
-from nnx_bridge._recording import Kind, Recording, collection, record
+from nnx_bridge.captures._method_outputs import is_call
+from nnx_bridge.captures._recording import Kind, Recording, collection, record
 
 Outputs = bool | Callable[[Any, str], bool]
 

@@ -7,8 +7,8 @@ from typing import Any
 from flax import nnx
 
 import lifted
-from nnx_bridge._method_outputs import is_method
-from nnx_bridge._recording import Recording, record
+from nnx_bridge.captures._method_outputs import is_method
+from nnx_bridge.captures._recording import Recording, record
 
 
 def capture(

@@ -14,8 +14,9 @@ from flax import nnx
 
 import lifted
 from examples.small_model import mlp
-from nnx_bridge import Case, CaseError, Verdict, _host, check
-from nnx_bridge._equivalence import STEPS
+from nnx_bridge import Case, CaseError, Verdict, check
+from nnx_bridge.equivalence._check import STEPS
+from nnx_bridge.host import _host
 
 X = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(4, 3)
 

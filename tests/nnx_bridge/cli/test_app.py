@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from nnx_bridge._cli import app
+from nnx_bridge.cli._app import app
 
 MODULE = """
 import itertools

@@ -1,0 +1,5 @@
+"""The command `flaxlift`."""
+
+from nnx_bridge.cli._app import main
+
+__all__ = ["main"]
