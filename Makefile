@@ -12,17 +12,22 @@ endif
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: help test test-thorough smoke lint format bench demo clean
+.PHONY: help test test-thorough test-accelerator test-versions smoke lint format bench \
+	bench-accelerator docs demo clean
 
 help:
-	@echo "make test           the test suite, doctests and the examples in README.md and docs/"
-	@echo "make test-thorough  the same with many more examples for the property tests"
-	@echo "make smoke          installed without extras: the packages import, one check passes"
-	@echo "make lint           ruff (lint and format) and mypy"
-	@echo "make format         let ruff rewrite what it can"
-	@echo "make bench          the benchmarks, with their claims checked"
-	@echo "make demo           flaxlift check on two published Linen models"
-	@echo "make clean          remove environments and caches"
+	@echo "make test               the test suite, doctests and the examples in README.md and docs/"
+	@echo "make test-thorough      the same with many more examples for the property tests"
+	@echo "make test-accelerator   property tests against raw JAX on whatever jax.devices() offers"
+	@echo "make test-versions      the suite on every supported Python that is installed"
+	@echo "make smoke              installed without extras: the packages import, one check passes"
+	@echo "make lint               ruff (lint and format) and mypy"
+	@echo "make format             let ruff rewrite what it can"
+	@echo "make bench              the benchmarks, with their claims checked"
+	@echo "make bench-accelerator  the benchmarks on whatever jax.devices() offers"
+	@echo "make docs               the guides and the API reference as a site, in build/site"
+	@echo "make demo               flaxlift check on two published Linen models"
+	@echo "make clean              remove environments and caches"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +47,19 @@ test: $(VENV)/with-test
 test-thorough: export FLAXLIFT_TEST_PROFILE = thorough
 test-thorough: test
 
+# JAX_PLATFORMS empty: JAX takes the best that it finds. With a GPU install its JAX first, for
+# example: .venv-3.11/bin/python -m pip install 'jax[cuda13]'
+ACCELERATOR_TESTS := tests/test_accelerator.py tests/test_properties.py tests/test_both_kinds.py \
+	tests/layers/test_generators.py tests/layers/test_pallas.py
+test-accelerator: $(VENV)/with-test
+	JAX_PLATFORMS= $(BIN)/python -m pytest -n 0 $(ACCELERATOR_TESTS) $(PYTEST_ARGS)
+
+test-versions:
+	for python in python3.11 python3.12 python3.13; do \
+		if command -v $$python >/dev/null; then $(MAKE) test PYTHON=$$python || exit 1; \
+		else echo "no $$python on this machine"; fi; \
+	done
+
 smoke: $(VENV)/with-core
 	$(BIN)/python -c 'import lifted, nnx_bridge, layers'
 	$(BIN)/flaxlift check examples.small_model:mlp
@@ -57,6 +75,12 @@ format: $(VENV)/with-dev
 
 bench: $(VENV)/with-dev
 	$(BIN)/python -m benchmarks
+
+bench-accelerator: $(VENV)/with-dev
+	JAX_PLATFORMS= $(BIN)/python -m benchmarks tracing intermediates dropconnect
+
+docs: $(VENV)/with-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 demo: $(VENV)/with-demo
 	$(BIN)/flaxlift check examples.published_models:resnet examples.published_models:bert

@@ -5,6 +5,7 @@ import pkgutil
 import sys
 
 import benchmarks
+from benchmarks._results import show_claims
 
 
 def main(names: list[str]) -> int:
@@ -14,12 +15,14 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
         return 2
-    failed = []
+    tables = []
     for name in names or known:
         table = importlib.import_module(f"benchmarks.{name}").run()
         table.show()
         table.write()
-        failed += [] if table.holds else [name]
+        tables.append(table)
+    show_claims(tables)
+    failed = [table.name for table in tables if not table.holds]
     if failed:
         print(f"claims that do not hold: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,8 +1,10 @@
 """Results as a table in the terminal, a Markdown file and a plot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import matplotlib
 import rich
 from rich.table import Table as RichTable
@@ -12,7 +14,9 @@ from benchmarks._measure import Ratio, setting
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+_ON = jax.default_backend()
+# Figures of accelerators stand beside those of CPUs, not in their place.
+RESULTS = Path(__file__).parent / "results" / ("" if _ON == "cpu" else _ON)
 _COLUMNS = ("what", "contestant", "baseline", "times the baseline", "baseline (ms)", "claim")
 
 
@@ -84,7 +88,7 @@ class Table:
 
     def write(self) -> None:
         """Writes ``results/<name>.md`` and ``results/<name>.png``."""
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         lines = [f"# {self.title}", "", "Median over interleaved rounds (and quartiles).", ""]
         lines += [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
         lines += [f"| {' | '.join(row.cells())} |" for row in self.rows]
@@ -113,3 +117,14 @@ class Table:
         figure.suptitle(self.title, fontsize=10)
         figure.savefig(RESULTS / f"{self.name}.png", dpi=120)
         plt.close(figure)
+
+
+def show_claims(tables: Sequence[Table]) -> None:
+    """Prints every claim of several benchmarks in one table."""
+    shown = RichTable("benchmark", *_COLUMNS[:4], "claim", title="Claims", caption=setting())
+    for table in tables:
+        for row in table.rows:
+            if row.claim is not None:
+                *cells, _, claim = row.cells()
+                shown.add_row(table.name, *cells, claim, style=None if row.holds else "red")
+    rich.print(shown)

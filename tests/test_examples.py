@@ -23,3 +23,35 @@ def test_the_digits_example_prints_and_saves_its_table(
     assert text in capsys.readouterr().out
     assert all(f"| {method} |" in text for method in dropconnect_digits.METHODS)
     assert (tmp_path / "dropconnect_digits.png").stat().st_size > 0
+
+
+def test_the_heat_equation_is_solved_from_its_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples import physics_informed
+
+    monkeypatch.setattr(sys, "argv", ["heat", "--steps", "300"])
+    assert physics_informed.main() < 0.15
+    monkeypatch.setattr(sys, "argv", ["heat", "--steps", "300", "--linen"])
+    assert physics_informed.main() < 0.15
+
+
+def test_forces_are_learnt_through_the_gradient_of_the_energy() -> None:
+    from examples import energy_and_forces
+
+    assert energy_and_forces.main(steps=1) > 0.9
+    assert energy_and_forces.main(steps=150) < 0.8
+
+
+def test_the_laplace_approximation_doubts_what_is_far_from_the_data() -> None:
+    from examples import laplace
+
+    points, deviations = laplace.main(steps=300)
+    inside = abs(points[:, 0]) <= 1
+    assert deviations[inside].max() < 0.5 * deviations[~inside].min()
+
+
+def test_attention_maps_and_their_gradients_are_equal_in_linen_and_hosted() -> None:
+    from examples import attention_gradients
+
+    scores = attention_gradients.main()
+    assert set(scores) == {"Attention_0", "Attention_1"}
+    assert all(layer.shape == (10, 10) and layer.sum() > 0 for layer in scores.values())
