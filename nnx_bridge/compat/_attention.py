@@ -263,7 +263,7 @@ class MultiHeadDotProductAttention(nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
-                "deterministic: MultiHeadDotProductAttention must be told whether to drop; give it "
+                f"deterministic: {type(self).__name__} must be told whether to drop; give it "
                 "to the constructor or the call, or call model.train() or model.eval()"
             )
         if deterministic:

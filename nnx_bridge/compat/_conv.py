@@ -186,7 +186,7 @@ class ConvLocal(nnx.Module):
             precision=self.precision,
         )
         if bias is not None:
-            y += bias[None]
+            y += bias.reshape(1, *bias.shape)
         return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 

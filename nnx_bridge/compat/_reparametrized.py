@@ -6,6 +6,7 @@ stays as it is, while what it writes, statistics and RNG counts, is kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -67,16 +68,23 @@ class _Reparametrized(nnx.Module):
         functional.publish(updates)
         return y
 
-    def _weights(self) -> Iterable[tuple[str, Array]]:
+    def _weights(self) -> Iterable[tuple[str, nnx.Variable[Any]]]:
         for path, variable in nnx.to_flat_state(nnx.state(self.layer_instance)):
             if not isinstance(variable, nnx.RngState):
-                yield _name(path, variable), variable.get_value()
+                yield _name(path, variable), variable
+
+    def _normalize_once(self, change: Callable[[str, Array], Array]) -> None:
+        """Linen's `init` leaves the weights as the first call has them."""
+        changed = [(variable, change(name, variable[...])) for name, variable in self._weights()]
+        for variable, value in changed:
+            variable.set_value(value)
 
 
 class WeightNorm(_Reparametrized):
     """`flax.linen.WeightNorm`: the layer's weights stay, and the gradient is with respect to them.
 
-    The scale of the layer's `kernel` is the Param `layer_instance/kernel/scale`, as in Linen.
+    The scale of the layer's `kernel` is the Param `layer_instance/kernel/scale`, as in Linen. As
+    Linen's `init` does, the constructor normalises the layer's weights once.
 
     Args:
       layer_instance: The layer, of NNX or of this package.
@@ -104,11 +112,12 @@ class WeightNorm(_Reparametrized):
         self.layer_instance = layer_instance
         chosen = twin.variable_filter
         self.variable_filter = None if chosen is None else tuple(sorted(chosen))
-        for name, value in self._weights() if self.use_scale else ():
+        for name, weight in self._weights() if self.use_scale else ():
             if self._chosen(name):
-                shape = [value.shape[axis] for axis in self._features(value.ndim)]
+                shape = [weight.shape[axis] for axis in self._features(weight.ndim)]
                 scale = twin.scale_init(rngs.params(), shape, self.param_dtype)
                 setattr(self, f"{name}/scale", to_variable("params", scale))
+        self._normalize_once(self._normalized)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's call, with normalised weights."""
@@ -141,7 +150,8 @@ class SpectralNorm(_Reparametrized):
     singular value for a call.
 
     Of a layer's `kernel`, the estimates are the Variables `layer_instance/kernel/u` and
-    `layer_instance/kernel/sigma`, as in Linen.
+    `layer_instance/kernel/sigma`, as in Linen. As Linen's `init` does, the constructor normalises
+    the layer's weights once.
 
     Args:
       layer_instance: The layer, of NNX or of this package.
@@ -165,13 +175,13 @@ class SpectralNorm(_Reparametrized):
     ) -> None:
         set_fields(self, nn.SpectralNorm(nn.Module(), **fields))
         self.layer_instance = layer_instance
-        for name, value in self._weights():
-            if value.ndim > 1 and self.n_steps > 0:
-                self._check_matrix(name, value)
-                u = jax.random.normal(rngs.params(), (1, value.shape[-1]), self.param_dtype)
+        for name, weight in self._weights():
+            if weight.ndim > 1 and self.n_steps > 0:
+                u = jax.random.normal(rngs.params(), (1, weight.shape[-1]), self.param_dtype)
                 sigma = jnp.ones((), self.param_dtype)
                 setattr(self, f"{name}/u", to_variable(self.collection_name, u))
                 setattr(self, f"{name}/sigma", to_variable(self.collection_name, sigma))
+        self._normalize_once(functools.partial(self._normalized, update_stats=False))
 
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
         """The layer's call, with weights of spectral norm one.
@@ -181,23 +191,17 @@ class SpectralNorm(_Reparametrized):
           update_stats: Whether to keep the new estimates of the singular values.
           **kwargs: Arguments of the layer.
         """
+        change = functools.partial(self._normalized, update_stats=update_stats)
+        return self._run(change, *args, **kwargs)
 
-        def normalized(name: str, weight: Array) -> Array:
-            return self._normalized(name, weight, update_stats)
-
-        return self._run(normalized, *args, **kwargs)
-
-    def _check_matrix(self, name: str, weight: Array) -> None:
+    def _normalized(self, name: str, weight: Array, update_stats: bool) -> Array:
+        if weight.ndim <= 1 or self.n_steps < 1:
+            return weight
         if self.error_on_non_matrix and weight.ndim > 2:
             raise ValueError(
                 f"{name}: expected a matrix, got shape {weight.shape}; with "
                 "error_on_non_matrix=False it is taken as one of its last axis and all others"
             )
-
-    def _normalized(self, name: str, weight: Array, update_stats: bool) -> Array:
-        if weight.ndim <= 1 or self.n_steps < 1:
-            return weight
-        self._check_matrix(name, weight)
         matrix = weight if weight.ndim == 2 else weight.reshape(-1, weight.shape[-1])
         held = getattr(self, f"{name}/u")
         u = held[...]
