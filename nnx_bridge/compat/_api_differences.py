@@ -58,27 +58,30 @@ _DERIVATIVES = (
     ),
 )
 
-_WHAT_THEY_SHARE = (
-    "takes Variables by type through `StateAxes`, where Linen names collections and streams"
-)
+_BY_TYPE = "takes Variables by type through `StateAxes`, where Linen names collections and streams"
+
+
+def _lifted(name: str, verdict: Verdict, what: str, nnx: str | None = None) -> Difference:
+    nnx = None if verdict == "missing" else nnx or name
+    ours = f"nnx_bridge.transforms.{name}"
+    return _row("transform", name, nnx, verdict, what, "compat", ours)
+
+
 _LIFTED = (
-    _transform("vmap", "differs", _WHAT_THEY_SHARE, "by hand"),
-    _transform("scan", "differs", _WHAT_THEY_SHARE, "by hand"),
-    _transform("jit", "differs", "takes the module as an argument of the function", "by hand"),
-    _transform("remat", "differs", "takes a function of the module, never a class", "by hand"),
-    _row(
-        "transform", "checkpoint", "remat", "differs", "Linen's other name for `remat`", "by hand"
-    ),
-    _transform("while_loop", "differs", "the module is part of the carry", "by hand"),
-    _transform("cond", "differs", "the module is an argument of the branches", "by hand"),
-    _transform("switch", "differs", "the module is an argument of the branches", "by hand"),
-    _transform(
-        "custom_vjp", "differs", "the backward pass takes gradients of module states", "by hand"
-    ),
-    _transform("map_variables", "missing", "NNX sees no variables through a function", "host only"),
-    _transform("remat_scan", "missing", "write `remat` inside `scan`", "by hand"),
-    _transform("add_metadata_axis", "missing", "NNX's transforms do it themselves", "by hand"),
-    _transform("fold_rngs", "missing", "NNX has `split_rngs` and `fork_rngs`", "by hand"),
+    _lifted("vmap", "differs", _BY_TYPE),
+    _lifted("scan", "differs", _BY_TYPE),
+    _lifted("jit", "differs", "has no `variables` and `rngs`: everything is lifted"),
+    _lifted("remat", "differs", "has no `variables` and `rngs`, and takes no module class"),
+    _lifted("checkpoint", "differs", "is called `remat` only", nnx="remat"),
+    _lifted("while_loop", "differs", "the module is part of the carry"),
+    _lifted("cond", "differs", "the module is one of the operands"),
+    _lifted("switch", "differs", "the module is one of the operands"),
+    _lifted("custom_vjp", "differs", "the backward pass takes gradients of module states"),
+    _lifted("map_variables", "missing", "NNX sees no variables through a function"),
+    _lifted("remat_scan", "missing", "NNX has `remat` inside `scan`"),
+    _lifted("add_metadata_axis", "missing", "NNX's transforms do it themselves"),
+    _lifted("fold_rngs", "missing", "NNX has `split_rngs` and `fork_rngs`"),
+    _lifted("named_call", "missing", "`jax.named_scope` does it"),
 )
 
 _METHODS = (
@@ -126,7 +129,6 @@ _FUNCTIONS = (
     _row("api", "apply", None, "missing", "call a function of the module", "by hand"),
     _row("api", "init", None, "missing", "the constructor makes the parameters", "by hand"),
     _row("api", "init_with_output", None, "missing", "construct, then call", "by hand"),
-    _row("api", "named_call", None, "missing", "`jax.named_scope` does it", "by hand"),
     _row("api", "with_logical_partitioning", None, "missing", "metadata of the Param", "by hand"),
     _row(
         "api",
@@ -155,10 +157,31 @@ _FUNCTIONS = (
     ),
 )
 
+_LOGICAL = "logical names of axes are rules of `nnx.logical_axis_rules` or of the Param's metadata"
+_PLUMBING = (
+    ("broadcast", "an axis is None where nothing is mapped"),
+    ("disable_named_call", "NNX names no calls"),
+    ("enable_named_call", "NNX names no calls"),
+    ("override_named_call", "NNX names no calls"),
+    ("normalize", "`jax.nn.standardize` is its name"),
+    ("unbox", "NNX has no boxes: metadata is in the Variable"),
+    ("get_sharding", "`nnx.get_named_sharding` is near"),
+    ("ones", "`nnx.initializers.ones` is its name"),
+    ("ones_init", "`nnx.initializers.ones_init` is its name"),
+    ("zeros", "`nnx.initializers.zeros` is its name"),
+    ("zeros_init", "`nnx.initializers.zeros_init` is its name"),
+    ("get_logical_axis_rules", _LOGICAL),
+    ("set_logical_axis_rules", _LOGICAL),
+    ("logical_to_mesh", _LOGICAL),
+    ("logical_to_mesh_axes", _LOGICAL),
+    ("logical_to_mesh_sharding", _LOGICAL),
+)
+
 API: tuple[Difference, ...] = (
     *_DERIVATIVES,
     *_LIFTED,
     *_FUNCTIONS,
+    *(_row("api", name, None, "missing", what, "by hand") for name, what in _PLUMBING),
     *(
         _row("api", f"Module.{name}", nnx, verdict, what, "by hand")  # type: ignore[arg-type]
         for name, nnx, verdict, what in _METHODS

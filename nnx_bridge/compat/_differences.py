@@ -71,15 +71,14 @@ _EQUAL = (
         "RNN",
         "equal",
         "takes `rngs` for the carry where Linen takes `init_key`, and keeps an RNG stream of its "
-        "own unless `rngs=False`; `variable_axes` and `split_rngs` are now `state_axes` and "
-        "`broadcast_rngs`",
+        "own; `variable_axes` and `split_rngs` are now `state_axes` and `broadcast_rngs`",
         "native",
     ),
     Difference(
         "Bidirectional",
         "Bidirectional",
         "equal",
-        "keeps an RNG stream of its own unless `rngs=False`",
+        "keeps an RNG stream of its own, as each of its RNNs does",
         "native",
     ),
     Difference(

@@ -12,7 +12,15 @@ from flax import nnx
 
 import lifted
 from nnx_bridge import capture, compat, to_state, to_variables
-from tests.helpers import KEY, assert_trees_equal, initialized, normal, strict, total
+from tests.helpers import (
+    KEY,
+    assert_trees_close,
+    assert_trees_equal,
+    initialized,
+    normal,
+    strict,
+    total,
+)
 
 X = normal(2, 3)
 
@@ -168,8 +176,8 @@ def test_compat_layers_work_in_transforms_of_nnx_and_of_lifted() -> None:
     with strict():
         _, (gradient,) = lifted.value_and_grad(total, model, x)
         compiled = nnx.jit(nnx.grad(total, argnums=1))(nnx.clone(plain), x)
-    assert jnp.allclose(gradient, expected, atol=1e-6)
-    assert jnp.allclose(compiled, expected, atol=1e-6)
+    assert_trees_close(gradient, expected)
+    assert_trees_close(compiled, expected)
 
 
 def test_batch_apply_merges_leading_axes() -> None:
