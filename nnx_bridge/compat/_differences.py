@@ -103,7 +103,7 @@ _EQUAL = (
         "equal",
         "a base class: fields and `setup` or `@nn.compact` become a constructor that takes `rngs` "
         "and the sizes that Linen finds from the inputs",
-        "by hand",
+        "native",
     ),
 )
 
