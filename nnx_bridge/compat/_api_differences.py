@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from nnx_bridge.compat._difference import Difference, Kind, Route, Verdict
 
 
@@ -84,61 +86,38 @@ _LIFTED = (
     _lifted("named_call", "missing", "`jax.named_scope` does it"),
 )
 
-_METHODS: tuple[tuple[str, str | None, Verdict, str, Route], ...] = (
-    (
-        "sow",
-        "Module.sow",
-        "differs",
-        "takes the Variable type, and records inside `capture`",
-        "native",
-    ),
-    ("perturb", "Module.perturb", "differs", "adds something inside `capture` only", "native"),
-    (
-        "param",
-        "Param",
-        "differs",
-        "a parameter is made in the constructor, as an attribute",
-        "native",
-    ),
-    (
-        "variable",
-        "Variable",
-        "differs",
-        "a variable is made in the constructor, as an attribute",
-        "native",
-    ),
-    (
-        "make_rng",
-        "Rngs",
-        "differs",
-        "call the stream: `rngs.dropout()`; other keys come out",
-        "native",
-    ),
-    ("setup", None, "missing", "it becomes the constructor", "native"),
-    ("init", None, "missing", "the constructor makes the parameters", "native"),
-    ("init_with_output", None, "missing", "the constructor makes the parameters", "native"),
-    ("lazy_init", "eval_shape", "differs", "`eval_shape` of the constructor", "native"),
-    (
-        "apply",
-        "merge",
-        "differs",
-        "the module holds its variables: call it, or `merge` and call",
-        "native",
-    ),
-    ("bind", "merge", "differs", "the module holds its variables", "by hand"),
-    ("unbind", "split", "differs", "`split` takes the module and its variables apart", "by hand"),
-    ("variables", "state", "differs", "`state` of the module, by Variable type", "native"),
-    ("get_variable", "state", "differs", "the attribute itself", "native"),
-    ("put_variable", "update", "differs", "write the attribute", "native"),
-    ("has_variable", None, "missing", "ask for the attribute with `hasattr`", "by hand"),
-    ("has_rng", None, "missing", "ask `rngs` for the stream", "by hand"),
-    ("is_initializing", None, "missing", "initialisation is the constructor's", "by hand"),
-    ("is_mutable_collection", None, "missing", "every Variable can be written", "by hand"),
-    ("clone", "clone", "differs", "copies the variables too", "native"),
-    ("copy", "clone", "differs", "copies the variables too", "native"),
-    ("module_paths", "iter_modules", "differs", "gives the paths with the modules", "native"),
-    ("path", None, "missing", "an NNX module does not know where it is", "by hand"),
-    ("tabulate", "tabulate", "differs", "a function, which takes the module", "native"),
+_Method: TypeAlias = tuple[str, str | None, Verdict, str]
+
+# What has a plain counterpart.
+_METHODS: tuple[_Method, ...] = (
+    ("sow", "Module.sow", "differs", "takes the Variable type, and records inside `capture`"),
+    ("perturb", "Module.perturb", "differs", "adds something inside `capture` only"),
+    ("param", "Param", "differs", "a parameter is made in the constructor, as an attribute"),
+    ("variable", "Variable", "differs", "a variable is made in the constructor, as an attribute"),
+    ("make_rng", "Rngs", "differs", "call the stream: `rngs.dropout()`; other keys come out"),
+    ("setup", None, "missing", "it becomes the constructor"),
+    ("init", None, "missing", "the constructor makes the parameters"),
+    ("init_with_output", None, "missing", "the constructor makes the parameters"),
+    ("lazy_init", "eval_shape", "differs", "`eval_shape` of the constructor"),
+    ("apply", "merge", "differs", "the module holds its variables: call it, or `merge` and call"),
+    ("variables", "state", "differs", "`state` of the module, by Variable type"),
+    ("get_variable", "state", "differs", "the attribute itself"),
+    ("put_variable", "update", "differs", "write the attribute"),
+    ("clone", "clone", "differs", "copies the variables too"),
+    ("copy", "clone", "differs", "copies the variables too"),
+    ("module_paths", "iter_modules", "differs", "gives the paths with the modules"),
+    ("tabulate", "tabulate", "differs", "a function, which takes the module"),
+)
+
+# What a model does with its variables while it runs, which is another program in NNX.
+_METHODS_BY_HAND: tuple[_Method, ...] = (
+    ("bind", "merge", "differs", "the module holds its variables"),
+    ("unbind", "split", "differs", "`split` takes the module and its variables apart"),
+    ("has_variable", None, "missing", "ask for the attribute with `hasattr`"),
+    ("has_rng", None, "missing", "ask `rngs` for the stream"),
+    ("is_initializing", None, "missing", "initialisation is the constructor's"),
+    ("is_mutable_collection", None, "missing", "every Variable can be written"),
+    ("path", None, "missing", "an NNX module does not know where it is"),
 )
 
 _FUNCTIONS = (
@@ -212,8 +191,9 @@ API: tuple[Difference, ...] = (
     *_LIFTED,
     *_FUNCTIONS,
     *(_row("api", name, None, "missing", what, "by hand") for name, what in _PLUMBING),
+    *(_row("api", f"Module.{name}", nnx, v, what, "native") for name, nnx, v, what in _METHODS),
     *(
-        _row("api", f"Module.{name}", nnx, verdict, what, route)
-        for name, nnx, verdict, what, route in _METHODS
+        _row("api", f"Module.{name}", nnx, v, what, "by hand")
+        for name, nnx, v, what in _METHODS_BY_HAND
     ),
 )

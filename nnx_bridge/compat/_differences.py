@@ -234,7 +234,7 @@ _OTHERS = (
         "drops the same for the same key; but `deterministic` is False unless it is given, where "
         "Linen asks for it, both arguments of the call are keyword-only, and `rngs` given to the "
         "constructor become two variables of the model",
-        "compat",
+        "native",
         compat=_ours("Dropout"),
     ),
     Difference(

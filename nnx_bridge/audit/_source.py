@@ -1,0 +1,249 @@
+"""What the source of Linen modules uses, read without running it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from nnx_bridge.audit._findings import Finding, Kind, ModuleClass, of_linen, ordered
+from nnx_bridge.audit._names import Names
+from nnx_bridge.compat import difference
+
+# What every Linen module has, and what its rewrite therefore always changes.
+EVERYWHERE = {"Module", "compact", "nowrap", "RNNCellBase"}
+
+# Methods of modules that have a finding of another kind: the position of the name that it is about.
+_NAMED: Mapping[str, tuple[Kind, int, str]] = {
+    "param": ("parameter", 0, ""),
+    "variable": ("collection", 0, ""),
+    "make_rng": ("rng stream", 0, "params"),
+    "sow": ("sow", 1, ""),
+    "perturb": ("perturb", 0, ""),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One file."""
+
+    name: str
+    tree: ast.Module
+    names: Names
+
+    @staticmethod
+    def parse(name: str, text: str) -> Source:
+        """Reads a file.
+
+        Raises:
+          SyntaxError: It is no Python of this version.
+        """
+        tree = ast.parse(text, name)
+        return Source(name, tree, Names(tree))
+
+    def at(self, node: ast.AST) -> str:
+        return f"{self.name}:{getattr(node, 'lineno', 1)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Class:
+    source: Source
+    node: ast.ClassDef
+
+
+def linen_classes(sources: list[Source]) -> dict[str, _Class]:
+    """The classes in these files that derive from a module of Linen, by name."""
+    found = {
+        node.name: _Class(source, node)
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    modules: dict[str, _Class] = {}
+    size = -1
+    while size != len(modules):
+        size = len(modules)
+        for name, cls in found.items():
+            if any(_is_module(base, cls.source, modules) for base in cls.node.bases):
+                modules[name] = cls
+    return {name: cls for name, cls in found.items() if name in modules}
+
+
+def _is_module(base: ast.expr, source: Source, modules: Mapping[str, Any]) -> bool:
+    linen = getattr(nn, source.names.linen(base) or "", None)
+    if isinstance(linen, type) and issubclass(linen, nn.Module):
+        return True
+    return _last(base) in modules
+
+
+def audit_sources(
+    sources: list[Source], only: set[str] | None = None
+) -> tuple[tuple[Finding, ...], tuple[ModuleClass, ...]]:
+    """The findings and the module classes in these files.
+
+    Args:
+      sources: The files.
+      only: The names of the classes to look at; by default all, and what is outside of classes.
+    """
+    classes = linen_classes(sources)
+    if only is not None:
+        classes = {name: cls for name, cls in classes.items() if name in only}
+    findings: list[Finding] = []
+    described = {}
+    for name, cls in classes.items():
+        findings += _findings(cls.node, cls.source, name)
+        uses = (_named(cls.node) & classes.keys()) - {name}
+        described[name] = ModuleClass(name, cls.source.at(cls.node), tuple(sorted(uses)))
+    if only is None:
+        inside = {id(cls.node) for cls in classes.values()}
+        for source in sources:
+            findings += _findings(source.tree, source, "", inside)
+    return tuple(findings), ordered(described)
+
+
+def names_used(sources: list[Source], name: str) -> set[str]:
+    """A class and every other module class that it names, directly or not."""
+    classes = linen_classes(sources)
+    found: set[str] = set()
+    new = {name}
+    while new:
+        found |= new
+        named = {used for n in new & classes.keys() for used in _named(classes[n].node)}
+        new = (named & classes.keys()) - found
+    return found
+
+
+def _findings(
+    root: ast.AST, source: Source, module: str, skipped: set[int] | None = None
+) -> Iterator[Finding]:
+    calls: dict[int, ast.Call] = {}
+    for node in _code(root, skipped or set()):
+        if isinstance(node, ast.Call):
+            calls[id(node.func)] = node
+            yield from _of_method(node, source, module)
+        name = source.names.linen(node)
+        # `nn.linear.Dense` is one use, not two: the inner names are no names of Linen.
+        if name is None or name in EVERYWHERE:
+            continue
+        call = calls.get(id(node))
+        try:
+            difference(name)
+        except KeyError:
+            if not hasattr(nn, name) or hasattr(nnx, name):
+                continue  # A function that both have, such as `relu`.
+            yield Finding(
+                "api", name, module, source.at(node), "by hand", "-", "NNX has no such name"
+            )
+            continue
+        fields, unknown, settings = _fields(name, call, source)
+        yield of_linen(
+            name,
+            module=module,
+            where=source.at(node),
+            fields=fields,
+            unknown=unknown,
+            settings=settings,
+        )
+
+
+def _of_method(call: ast.Call, source: Source, module: str) -> Iterator[Finding]:
+    function = call.func
+    if not (
+        module
+        and isinstance(function, ast.Attribute)
+        and isinstance(function.value, ast.Name)
+        and function.value.id == "self"
+        and hasattr(nn.Module, function.attr)
+    ):
+        return
+    row = difference(f"Module.{function.attr}")
+    if function.attr not in _NAMED:
+        if row.route != "native":
+            yield of_linen(row.linen, module=module, where=source.at(call))
+        return
+    kind, position, default = _NAMED[function.attr]
+    name = default
+    if len(call.args) > position:
+        argument = call.args[position]
+        text = argument.value if isinstance(argument, ast.Constant) else ast.unparse(argument)
+        name = str(text)
+    use = f"nnx.{row.nnx}"
+    if kind == "collection":
+        use = variable_use(name)
+    yield Finding(kind, name, module, source.at(call), row.route, use, row.what)
+
+
+def variable_use(collection: str) -> str:
+    """The Variable type of a collection, which is not made where there is none."""
+    try:
+        return f"nnx.{nnx.variable_type_from_name(collection).__name__}"
+    except ValueError:
+        return "a subclass of nnx.Variable"
+
+
+def _code(root: ast.AST, skipped: set[int]) -> Iterator[ast.AST]:
+    """The nodes of a class or a file that run, outermost first: no annotations and no imports."""
+    for field, value in ast.iter_fields(root):
+        if field in ("annotation", "returns"):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, ast.AST) and id(node) not in skipped:
+                yield node
+                yield from _code(node, skipped)
+
+
+def _fields(
+    name: str, call: ast.Call | None, source: Source
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """The fields that a call gives: their values where they are known, the source of the others,
+    and the source of all."""
+    if call is None:
+        return {}, {}, {}
+    linen = getattr(nn, name, None)
+    names: list[str] = []
+    if dataclasses.is_dataclass(linen):
+        names = [f.name for f in dataclasses.fields(linen) if f.name not in ("parent", "name")]
+    given = {**dict(zip(names, call.args, strict=False))}
+    given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    settings = {field: ast.unparse(node) for field, node in given.items() if field != "name"}
+    fields, unknown = {}, {}
+    for field, node in given.items():
+        try:
+            fields[field] = _value(node, source)
+        except ValueError:
+            unknown[field] = ast.unparse(node)
+    if any(keyword.arg is None for keyword in call.keywords):
+        unknown |= {field: "**" for field in names if field not in given}
+    return fields, unknown, settings
+
+
+def _value(node: ast.expr, source: Source) -> Any:
+    """The value of a constant, or of a dtype such as `jnp.bfloat16`.
+
+    Raises:
+      ValueError: It is known only when the program runs.
+    """
+    dotted = source.names.dotted(node) or ""
+    if dotted.startswith(("jax.numpy.", "numpy.")):
+        try:
+            return jnp.dtype(dotted.rpartition(".")[-1])
+        except TypeError:
+            raise ValueError(dotted) from None
+    return ast.literal_eval(node)
+
+
+def _named(root: ast.AST) -> set[str]:
+    """The names in a class, those after a dot included."""
+    return {name for name in map(_last, ast.walk(root)) if name is not None}
+
+
+def _last(node: ast.AST) -> str | None:
+    """`Encoder` of `models.Encoder`."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else None
