@@ -1,6 +1,7 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
 
 import nnx_bridge.functional  # noqa: F401  (makes NNX modules known to lifted)
+from nnx_bridge import audit, compat
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
 from nnx_bridge.equivalence import Case, CaseError, Report, Row, Verdict, check, load_case
@@ -16,11 +17,13 @@ __all__ = [
     "Report",
     "Row",
     "Verdict",
+    "audit",
     "capture",
     "capture_grad",
     "capture_jvp",
     "check",
     "collection_name",
+    "compat",
     "load_case",
     "to_state",
     "to_variables",

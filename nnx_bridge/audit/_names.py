@@ -49,5 +49,7 @@ class Names:
         dotted = self.dotted(node)
         if dotted is None or not dotted.startswith(f"{_LINEN}."):
             return None
-        name = dotted.removeprefix(f"{_LINEN}.").rpartition(".")[-1]
+        file, _, name = dotted.removeprefix(f"{_LINEN}.").rpartition(".")
+        if file == "initializers":
+            return None  # `nnx.initializers` has the same.
         return None if isinstance(getattr(nn, name, None), ModuleType) else name

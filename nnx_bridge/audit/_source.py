@@ -127,8 +127,7 @@ def _findings(
             calls[id(node.func)] = node
             yield from _of_method(node, source, module)
         name = source.names.linen(node)
-        # `nn.linear.Dense` is one use, not two: the inner names are no names of Linen.
-        if name is None or name in EVERYWHERE:
+        if name is None or name in EVERYWHERE or isinstance(getattr(node, "ctx", None), ast.Store):
             continue
         call = calls.get(id(node))
         try:

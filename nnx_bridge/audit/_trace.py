@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from flax import errors
 from flax import linen as nn
 
 from nnx_bridge._collections import flatten
@@ -35,19 +36,22 @@ def audit_case(case: Case) -> Audit:
     Raises:
       Exception: What the module raises, when it is initialised or called.
     """
-    modules, _, _ = _run(case, {"params", "dropout", *case.keys(0)})
+    program = _Program(case)
+    streams = {"params", "dropout", *case.keys(0)}
+    modules, variables = program.run(streams)
     sources, problems = _sources({type(m) for m in modules.values() if not _is_linen(m)})
     names = {type(m).__name__ for m in modules.values()}
     written, classes = audit_sources(sources, only=names)
-    # A stream that is not given is drawn from `params`, so all names must be known first.
-    streams = {finding.name for finding in written if finding.kind == "rng stream"}
+    streams |= {finding.name for finding in written if finding.kind == "rng stream"}
     streams |= {m.rng_collection for m in modules.values() if isinstance(m, nn.Dropout)}
-    modules, variables, drawn = _run(case, {"params", "dropout", *case.keys(0), *streams})
+    drawn = program.drawn(variables, streams)
     findings = [
         *_layers(modules),
         *_variables(modules, variables),
         *(
-            Finding("rng stream", name, "", "", "native", f"rngs.{name}()", "it is drawn from")
+            Finding(
+                "rng stream", name, "", "", "native", f"rngs.{name}()", "the call draws from it"
+            )
             for name in drawn
         ),
         # How layers, sows, collections and streams are reached was seen; the rest is in the source.
@@ -59,36 +63,62 @@ def audit_case(case: Case) -> Audit:
     return Audit(case.name, tuple(findings), classes, tuple(problems), len(sources))
 
 
-def _run(case: Case, streams: Iterable[str]) -> tuple[Modules, Mapping[str, Any], list[str]]:
-    """Every module that initialisation and the call run, by path; the variables after both; and
-    the RNG streams that they draw from."""
-    modules: Modules = {}
+class _Program:
+    """Initialisation and one call of a module, to be traced."""
 
-    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        modules.setdefault(tuple(map(str, context.module.path)), context.module)
-        return call(*args, **kwargs)
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._leaves, self._treedef = jax.tree.flatten((case.args, dict(case.kwargs)))
+        self._inputs = {i: x for i, x in enumerate(self._leaves) if _is_array(x)}
 
-    leaves, treedef = jax.tree.flatten((case.args, dict(case.kwargs)))
-    arrays = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in leaves]
+    def run(self, streams: Iterable[str]) -> tuple[Modules, Mapping[str, Any]]:
+        """Every module that the two run, by path, and the shapes of all variables afterwards."""
+        modules: Modules = {}
 
-    def both(rngs: dict[str, jax.Array], inputs: list[Any]) -> Any:
-        rest = iter(inputs)
-        filled = [next(rest) if array else x for x, array in zip(leaves, arrays, strict=True)]
-        args, kwargs = jax.tree.unflatten(treedef, filled)
-        variables = case.variables
-        if variables is None:
-            variables = case.module.init(rngs, *args, method=case.method, **kwargs)
-        call: Any = case.module.apply
-        _, updated = call(variables, *args, rngs=rngs, method=case.method, mutable=True, **kwargs)
-        return {**variables, **updated}
+        def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            modules.setdefault(tuple(map(str, context.module.path)), context.module)
+            return call(*args, **kwargs)
 
-    rngs = {name: jax.random.key(0) for name in sorted(streams)}
-    inputs = [x for x, array in zip(leaves, arrays, strict=True) if array]
-    with nn.intercept_methods(record):
-        program, variables = jax.make_jaxpr(both, return_shape=True)(rngs, inputs)
-    used = {id(x) for equation in program.jaxpr.eqns for x in equation.invars}
-    drawn = [n for n, x in zip(rngs, program.jaxpr.invars, strict=False) if id(x) in used]
-    return modules, variables, drawn
+        def both(rngs: dict[str, jax.Array], inputs: dict[int, Any]) -> Any:
+            args, kwargs = self._arguments(inputs)
+            case, variables = self._case, self._case.variables
+            if variables is None:
+                variables = case.module.init(rngs, *args, method=case.method, **kwargs)
+            return {**variables, **self._apply(variables, rngs, inputs)}
+
+        with nn.intercept_methods(record):
+            return modules, jax.eval_shape(both, _keys(streams), self._inputs)
+
+    def drawn(self, variables: Mapping[str, Any], streams: Iterable[str]) -> list[str]:
+        """The streams without which the call fails; `params` if there are parameters to make."""
+        found = ["params"] if variables.get("params") else []
+        for missing in sorted({*streams} - {"params"}):
+            # Without `params` too, which stands in for every stream that is not given.
+            rngs = _keys({*streams} - {missing, "params"})
+            try:
+                jax.eval_shape(self._apply, variables, rngs, self._inputs)
+            except errors.InvalidRngError:
+                found.append(missing)
+        return found
+
+    def _apply(self, variables: Any, rngs: dict[str, jax.Array], inputs: dict[int, Any]) -> Any:
+        args, kwargs = self._arguments(inputs)
+        call: Any = self._case.module.apply
+        method = self._case.method
+        _, updated = call(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)
+        return updated
+
+    def _arguments(self, inputs: dict[int, Any]) -> Any:
+        leaves = [inputs.get(i, x) for i, x in enumerate(self._leaves)]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _keys(streams: Iterable[str]) -> dict[str, jax.Array]:
+    return {name: jax.random.key(0) for name in sorted(streams)}
 
 
 def _is_linen(module: nn.Module) -> bool:

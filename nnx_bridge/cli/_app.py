@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
+from nnx_bridge.cli._console import (
+    check_folder,
+    fail,
+    import_from_here,
+    is_stdout,
+    steps,
+    write_json,
+)
+from nnx_bridge.cli._inspect import inspect_command
 from nnx_bridge.equivalence._case import CaseError, load_case
 from nnx_bridge.equivalence._check import STEPS, check
 from nnx_bridge.equivalence._report import Report
@@ -25,13 +29,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"flaxlift {version('flaxlift')}")
         raise typer.Exit
-
-
-def _check_folder(file: Path | None) -> Path | None:
-    # Now, not when the work is done.
-    if file is not None and not file.parent.is_dir():
-        raise typer.BadParameter(f"{file.parent} is no folder")
-    return file
 
 
 @app.callback()
@@ -57,7 +54,7 @@ def check_command(
             metavar="FILE",
             help="Write every row as JSON; `-` for stdout.",
             dir_okay=False,
-            callback=_check_folder,
+            callback=check_folder,
         ),
     ] = None,
     seed: Annotated[
@@ -86,43 +83,32 @@ def check_command(
 
     Exit status: 0 if everything agrees, 1 if something does not, 2 if a target cannot be run.
     """
-    # As for `python -m`: a project that is not installed is checked from its own folder.
-    sys.path.insert(0, os.getcwd())
-    to_stdout = json_file is not None and str(json_file) == "-"
+    import_from_here()
+    to_stdout = is_stdout(json_file)
     console, messages = Console(stderr=to_stdout), Console(stderr=True)
     reports = []
     for target in targets:
         try:
             reports.append(_check(target, seed, messages))
         except CaseError as error:
-            if traceback:
-                messages.print_exception()
-            where = "" if target in str(error) else f"{target}: "
-            messages.print(Text.assemble(("error: ", "bold red"), where, str(error)))
-            raise typer.Exit(2) from error
+            fail(messages, target, error, traceback)
         console.print(reports[-1])
     if json_file is not None:
-        text = json.dumps([report.to_json() for report in reports], indent=2)
-        print(text) if to_stdout else json_file.write_text(text + "\n", encoding="utf-8")
+        write_json([report.to_json() for report in reports], json_file)
     raise typer.Exit(0 if all(report.agrees for report in reports) else 1)
 
 
 def _check(target: str, seed: int, messages: Console) -> Report:
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    progress = Progress(
-        *columns,
-        TimeElapsedColumn(),
-        console=messages,
-        transient=True,
-        disable=not messages.is_terminal,
-    )
-    with progress:
+    with steps(messages) as progress:
         task = progress.add_task(f"{target}: import", total=STEPS + 1)
 
         def begin(what: str) -> None:
             progress.update(task, advance=1, description=f"{target}: {what}")
 
         return check(load_case(target), seed=seed, progress=begin)
+
+
+app.command("inspect")(inspect_command)
 
 
 def main() -> None:

@@ -82,6 +82,35 @@ def test_a_folder_that_does_not_exist_is_found_before_the_work(run: Run) -> None
     assert "nowhere is no folder" in result.stderr
 
 
+def test_inspect_reads_a_module_and_traces_a_call(run: Run) -> None:
+    result = run("inspect", "model_of_a_user", "model_of_a_user:dense", "model_of_a_user:Impure")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("uses of Linen") == 3
+    assert "nnx.Linear" in result.stdout
+
+
+def test_inspect_fails_where_something_takes_more_work_than_allowed(run: Run) -> None:
+    Path("hard.py").write_text(
+        "from flax import linen as nn\nclass A(nn.Module):\n  def f(self): nn.GRUCell(3)\n"
+    )
+    assert run("inspect", "hard").exit_code == 0
+    assert run("inspect", "hard", "--at-most", "compat").exit_code == 0
+    assert run("inspect", "hard", "--at-most", "native").exit_code == 1
+
+
+def test_inspect_writes_json_to_stdout_alone(run: Run) -> None:
+    (audit,) = json.loads(run("inspect", "model_of_a_user", "--json", "-").stdout)
+    assert [cls["name"] for cls in audit["classes"]] == ["Impure"]
+
+
+@pytest.mark.parametrize("target", ["no_such", "model_of_a_user:dens", "model_of_a_user:X"])
+def test_inspect_says_what_cannot_be_read(run: Run, target: str) -> None:
+    result = run("inspect", target)
+    assert result.exit_code == 2
+    assert target in result.stderr
+    assert "Traceback" not in result.output
+
+
 def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.startswith("flaxlift ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -15,6 +16,7 @@ from flax import nnx
 
 from nnx_bridge import compat
 from nnx_bridge.compat import DIFFERENCES, Difference, difference
+from nnx_bridge.compat._markdown import markdown
 from tests.helpers import KEY, assert_trees_equal, initialized, normal
 
 BF16 = jnp.bfloat16
@@ -364,3 +366,13 @@ def test_the_route_of_a_layer_is_native_where_its_settings_do_no_harm() -> None:
     assert difference("LayerNorm").route_for({"dtype": "bfloat16"}) == "compat"
     assert difference("GRUCell").route_for({}) == "compat"
     assert difference("Dense").route_for({"dtype": BF16}) == "native"
+
+
+# --- The guide.
+
+
+@pytest.mark.parametrize("kind", ["layer", "transform", "api"])
+def test_the_guide_has_the_table(kind: Any) -> None:
+    guide = Path(__file__).parents[3] / "docs" / "differences.md"
+    # Write it anew with: python -m nnx_bridge.compat._markdown
+    assert markdown(kind) in guide.read_text("utf-8")
