@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect as python_inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from flax import linen as nn
 
 from nnx_bridge.audit._findings import Audit
-from nnx_bridge.audit._source import Source, audit_sources, names_used
+from nnx_bridge.audit._source import Source, audit_sources, linen_classes, names_used
 from nnx_bridge.audit._trace import audit_case
 from nnx_bridge.equivalence import Case, CaseError
 
@@ -69,16 +70,36 @@ def inspect(
         return _audit_class(target)
     name = target.__name__ if isinstance(target, ModuleType) else str(target)
     files = _files_of(target)
-    sources, problems = [], []
-    for i, (shown, file) in enumerate(files):
-        if progress is not None:
-            progress(shown, i, len(files))
-        try:
-            sources.append(Source.parse(shown, file.read_text("utf-8")))
-        except (SyntaxError, UnicodeDecodeError) as error:
-            problems.append(f"{shown}: {type(error).__name__}: {error}")
+    sources, problems = _parsed(files, progress or (lambda *_: None))
     findings, classes = audit_sources(sources)
-    return Audit(name, findings, classes, tuple(problems), len(sources))
+    return Audit(name, findings, classes, tuple(problems), len(files))
+
+
+def _parsed(files: list[tuple[str, Path]], progress: Progress) -> tuple[list[Source], list[str]]:
+    """The files that have to do with Linen, and why others cannot be read.
+
+    Of a large package that is a small part: the files that name flax, and those that name a Linen
+    class of another file.
+    """
+    sources, problems = [], []
+    texts: dict[str, str] = {}
+    for i, (shown, file) in enumerate(files):
+        progress(shown, i, len(files))
+        try:
+            texts[shown] = file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            problems.append(f"{shown}: {type(error).__name__}: {error}")
+    words = {shown: set(re.findall(r"\w+", text)) for shown, text in texts.items()}
+    wanted: Set[str] = {"flax"}
+    while chosen := [shown for shown, found in words.items() if not wanted.isdisjoint(found)]:
+        for shown in chosen:
+            del words[shown]
+            try:
+                sources.append(Source.parse(shown, texts[shown]))
+            except SyntaxError as error:
+                problems.append(f"{shown}: {type(error).__name__}: {error}")
+        wanted = {cls.node.name for cls in linen_classes(sources).values()} - wanted
+    return sources, problems
 
 
 def _audit_class(cls: type) -> Audit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,30 +52,54 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Class:
+class LinenClass:
+    """A class, and the file in which it is."""
+
     source: Source
     node: ast.ClassDef
 
+    @property
+    def full_name(self) -> str:
+        file = self.source.name.removesuffix(".py").replace("/", ".")
+        return f"{file}.{self.node.name}"
 
-def linen_classes(sources: list[Source]) -> dict[str, _Class]:
-    """The classes in these files that derive from a module of Linen, by name."""
-    found = {
-        node.name: _Class(source, node)
+    def uses(self, classes: Mapping[str, LinenClass]) -> set[str]:
+        """Those among ``classes`` that its source names."""
+        found = set()
+        for name in _named(self.node) - {self.node.name}:
+            same = [key for key, cls in classes.items() if cls.node.name == name]
+            here = [key for key in same if classes[key].source is self.source]
+            found |= set(here or (same if len(same) == 1 else ()))
+        return found
+
+
+def linen_classes(sources: list[Source]) -> dict[str, LinenClass]:
+    """The classes in these files that derive from a module of Linen.
+
+    They are called by their names, and those of one name in several files by file and name.
+    """
+    found = [
+        LinenClass(source, node)
         for source in sources
         for node in ast.walk(source.tree)
         if isinstance(node, ast.ClassDef)
-    }
-    modules: dict[str, _Class] = {}
+    ]
+    names: set[str] = set()
     size = -1
-    while size != len(modules):
-        size = len(modules)
-        for name, cls in found.items():
-            if any(_is_module(base, cls.source, modules) for base in cls.node.bases):
-                modules[name] = cls
-    return {name: cls for name, cls in found.items() if name in modules}
+    while size != len(names):
+        size = len(names)
+        names |= {
+            cls.node.name
+            for cls in found
+            if any(_is_module(base, cls.source, names) for base in cls.node.bases)
+        }
+    # Of several classes of one name, only some may be modules.
+    modules = [c for c in found if any(_is_module(b, c.source, names) for b in c.node.bases)]
+    times = Counter(cls.node.name for cls in modules)
+    return {cls.node.name if times[cls.node.name] == 1 else cls.full_name: cls for cls in modules}
 
 
-def _is_module(base: ast.expr, source: Source, modules: Mapping[str, Any]) -> bool:
+def _is_module(base: ast.expr, source: Source, modules: set[str]) -> bool:
     linen = getattr(nn, source.names.linen(base) or "", None)
     if isinstance(linen, type) and issubclass(linen, nn.Module):
         return True
@@ -92,13 +117,13 @@ def audit_sources(
     """
     classes = linen_classes(sources)
     if only is not None:
-        classes = {name: cls for name, cls in classes.items() if name in only}
+        classes = {name: cls for name, cls in classes.items() if cls.node.name in only}
     findings: list[Finding] = []
     described = {}
     for name, cls in classes.items():
         findings += _findings(cls.node, cls.source, name)
-        uses = (_named(cls.node) & classes.keys()) - {name}
-        described[name] = ModuleClass(name, cls.source.at(cls.node), tuple(sorted(uses)))
+        uses = tuple(sorted(cls.uses(classes)))
+        described[name] = ModuleClass(name, cls.source.at(cls.node), uses)
     if only is None:
         inside = {id(cls.node) for cls in classes.values()}
         for source in sources:
@@ -113,8 +138,7 @@ def names_used(sources: list[Source], name: str) -> set[str]:
     new = {name}
     while new:
         found |= new
-        named = {used for n in new & classes.keys() for used in _named(classes[n].node)}
-        new = (named & classes.keys()) - found
+        new = {used for n in new & classes.keys() for used in classes[n].uses(classes)} - found
     return found
 
 

@@ -57,7 +57,7 @@ def audit_case(case: Case) -> Audit:
         # How layers, sows, collections and streams are reached was seen; the rest is in the source.
         *(f for f in written if f.kind in ("transform", "api", "parameter")),
     ]
-    described = {cls.name for cls in classes}
+    described = {cls.name.rpartition(".")[-1] for cls in classes}
     unseen = {type(m).__name__ for m in modules.values() if not _is_linen(m)} - described
     classes = (*classes, *(ModuleClass(name, "") for name in sorted(unseen)))
     return Audit(case.name, tuple(findings), classes, tuple(problems), len(sources))

@@ -177,12 +177,24 @@ def test_a_package_is_read_without_being_run(tmp_path: Path) -> None:
     (package / "inner").mkdir(parents=True)
     (package / "a.py").write_text("from flax import linen as nn\nclass A(nn.Module): pass\n1 / 0\n")
     (package / "inner" / "b.py").write_text("from ..a import A\nclass B(A): pass\n")
-    (package / "broken.py").write_text("def (:\n")
+    (package / "broken.py").write_text("import flax\ndef (:\n")
     seen: list[tuple[str, int, int]] = []
     audit = inspect(package, progress=lambda *step: seen.append(step))
     assert [cls.name for cls in audit.classes] == ["A", "B"]
     assert "broken.py: SyntaxError" in audit.problems[0]
     assert [step[1:] for step in seen] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_classes_of_one_name_in_two_files_are_two(tmp_path: Path) -> None:
+    head = "from flax import linen as nn\nclass Head(nn.Module):\n  def f(self): "
+    (tmp_path / "a.py").write_text(f"{head}nn.Dense(1)\nclass A(nn.Module):\n  h = Head\n")
+    (tmp_path / "b.py").write_text(f"{head}nn.GRUCell(1)\n")
+    audit = inspect(tmp_path)
+    routes = {cls.name.rpartition("/")[-1]: audit.route_of(cls.name) for cls in audit.classes}
+    assert sorted(name.rpartition(".")[-1] for name in routes) == ["A", "Head", "Head"]
+    assert sorted(routes.values()) == ["compat", "native", "native"]
+    (used,) = next(cls.uses for cls in audit.classes if cls.name.endswith("A"))
+    assert used.endswith("a.Head")
 
 
 def test_a_module_of_python_is_found_by_its_name() -> None:
