@@ -256,3 +256,23 @@ def test_an_8_bit_product_returns_its_next_scales_as_gradients() -> None:
 def test_misuse_is_an_error_that_says_what_to_do(make: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         make()
+
+
+def test_statistics_over_a_named_axis_are_those_of_linen() -> None:
+    linen = nn.BatchNorm(use_running_average=False, axis_name="devices")
+    variables = initialized(linen.clone(axis_name=None), X)
+    layer = compat.BatchNorm(3, use_running_average=False, axis_name="devices", rngs=nnx.Rngs(0))
+    graphdef, _ = nnx.split(layer)
+
+    def ours(x: jax.Array) -> Any:
+        copy = nnx.merge(graphdef, to_state(variables), copy=True)
+        return copy(x), to_variables(nnx.state(copy))["batch_stats"]
+
+    def expected(x: jax.Array) -> Any:
+        y, updated = linen.apply(variables, x, mutable=["batch_stats"])
+        return y, updated["batch_stats"]
+
+    x = normal(2, 4, 3)
+    assert_trees_equal(
+        jax.vmap(ours, axis_name="devices")(x), jax.vmap(expected, axis_name="devices")(x)
+    )

@@ -204,8 +204,8 @@ ATTENTION = {
 LOCAL = {
     "ConvLocal": _local((2, 5, 3), 4, (2,)),
     "ConvLocal, strides": _local((6, 6, 2), 3, (2, 2), strides=2, padding="VALID", dtype=BF16),
-    "ConvLocal, circular": _local((2, 5, 3), 4, 3, padding="CIRCULAR", kernel_dilation=2),
-    "ConvLocal, reflected": _local((2, 5, 3), 4, (3,), padding="REFLECT", use_bias=False),
+    "ConvLocal, circular": _local((2, 5, 3), 4, 2, padding="CIRCULAR", kernel_dilation=3),
+    "ConvLocal, reflected": _local((2, 5, 3), 4, (2,), padding="REFLECT", use_bias=False),
     "ConvLocal, causal": _local((2, 3, 5, 3), 4, (3,), padding="CAUSAL"),
     "ConvLocal, mask": _local(
         (2, 4, 3), 2, (2,), padding=[(1, 0)], mask=jnp.arange(4 * 6 * 2).reshape(4, 6, 2) % 2
