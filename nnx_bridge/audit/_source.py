@@ -120,12 +120,12 @@ def audit_sources(
         classes = {name: cls for name, cls in classes.items() if cls.node.name in only}
     findings: list[Finding] = []
     described = {}
+    inside = {id(cls.node) for cls in classes.values()}  # A class may be written inside another.
     for name, cls in classes.items():
-        findings += _findings(cls.node, cls.source, name)
+        findings += _findings(cls.node, cls.source, name, inside)
         uses = tuple(sorted(cls.uses(classes)))
         described[name] = ModuleClass(name, cls.source.at(cls.node), uses)
     if only is None:
-        inside = {id(cls.node) for cls in classes.values()}
         for source in sources:
             findings += _findings(source.tree, source, "", inside)
     return tuple(findings), ordered(described)
@@ -142,11 +142,9 @@ def names_used(sources: list[Source], name: str) -> set[str]:
     return found
 
 
-def _findings(
-    root: ast.AST, source: Source, module: str, skipped: set[int] | None = None
-) -> Iterator[Finding]:
+def _findings(root: ast.AST, source: Source, module: str, skipped: set[int]) -> Iterator[Finding]:
     calls: dict[int, ast.Call] = {}
-    for node in _code(root, skipped or set()):
+    for node in _code(root, skipped):
         if isinstance(node, ast.Call):
             calls[id(node.func)] = node
             yield from _of_method(node, source, module)

@@ -1,45 +1,19 @@
-"""Linen's normalisation layers.
-
-Linen takes the statistics of the input as it is, and rounds the result alone to `dtype`; NNX rounds
-the input and the parameters first. And Linen's parameters may have several axes.
-"""
+"""Linen's normalisation layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
-from flax.linen.dtypes import canonicalize_dtype
-from flax.typing import Axes, Dtype, Initializer
-from jax import lax
+from flax.typing import Axes
 
-from nnx_bridge.compat._layer import set_fields, set_variables, shaped
-
-Array: TypeAlias = jax.Array
+from nnx_bridge.compat._norm import Array, BiasNormFields, Norm, NormFields, canonical
 
 
-class _Fields(TypedDict, total=False):
-    epsilon: float
-    dtype: Dtype | None
-    param_dtype: Dtype
-    use_scale: bool
-    scale_init: Initializer
-    axis_name: str | None
-    axis_index_groups: Any
-    use_fast_variance: bool
-    force_float32_reductions: bool
-
-
-class _BiasFields(_Fields, total=False):
-    use_bias: bool
-    bias_init: Initializer
-
-
-class BatchNormFields(_BiasFields, total=False):
+class BatchNormFields(BiasNormFields, total=False):
     """Settings of BatchNorm."""
 
     use_running_average: bool | None
@@ -47,21 +21,21 @@ class BatchNormFields(_BiasFields, total=False):
     momentum: float
 
 
-class RMSNormFields(_Fields, total=False):
+class RMSNormFields(NormFields, total=False):
     """Settings of RMSNorm."""
 
     reduction_axes: Axes
     feature_axes: Axes
 
 
-class LayerNormFields(_BiasFields, total=False):
+class LayerNormFields(BiasNormFields, total=False):
     """Settings of LayerNorm."""
 
     reduction_axes: Axes
     feature_axes: Axes
 
 
-class GroupNormFields(_BiasFields, total=False):
+class GroupNormFields(BiasNormFields, total=False):
     """Settings of GroupNorm."""
 
     num_groups: int | None
@@ -69,108 +43,13 @@ class GroupNormFields(_BiasFields, total=False):
     reduction_axes: Axes | None
 
 
-class InstanceNormFields(_BiasFields, total=False):
+class InstanceNormFields(BiasNormFields, total=False):
     """Settings of InstanceNorm."""
 
     feature_axes: Axes
 
 
-class _Norm(nnx.Module):
-    epsilon: float
-    dtype: Dtype | None
-    param_dtype: Dtype
-    use_bias: bool = False
-    use_scale: bool
-    axis_name: str | None
-    axis_index_groups: Any
-    use_fast_variance: bool
-    force_float32_reductions: bool
-
-    scale: nnx.Param[Array]
-    bias: nnx.Param[Array]
-
-    def __init__(
-        self,
-        linen: Callable[..., nn.Module],
-        num_features: int | Sequence[int],
-        feature_axes: Axes,
-        fields: Any,
-        rngs: nnx.Rngs,
-        **call: Any,
-    ) -> None:
-        self.num_features = num_features if isinstance(num_features, int) else tuple(num_features)
-        twin = linen(**fields)
-        set_fields(self, twin)
-        axes = [feature_axes] if isinstance(feature_axes, int) else list(feature_axes)
-        sizes = [num_features] if isinstance(num_features, int) else list(num_features)
-        if len(axes) != len(sizes):
-            raise ValueError(
-                f"num_features: {type(self).__name__} has the feature axes {tuple(axes)} and needs "
-                f"the size of each, got {num_features}"
-            )
-        # Where there is an axis, it can be reduced over only where it is bound.
-        twin = twin.clone(axis_name=None)
-        example = _example(axes, sizes, getattr(self, "reduction_axes", None))
-        set_variables(self, twin, rngs, example, **call)
-
-    def _statistics(
-        self, x: Array, axes: Sequence[int], mask: Array | None, *, use_mean: bool = True
-    ) -> tuple[Array, Array]:
-        """Mean and variance, in float32 at least unless `force_float32_reductions` is False."""
-        dtype = self.dtype or jnp.result_type(x)
-        if self.force_float32_reductions:
-            dtype = jnp.promote_types(dtype, jnp.float32)
-        x = jnp.asarray(x, dtype)
-        where = None if mask is None else jnp.asarray(mask, bool)
-
-        def means(*values: Array) -> Sequence[Array]:
-            found = [v.mean(axes, where=where) for v in values]
-            if self.axis_name is None:
-                return found
-            # Together, since each of them is one exchange between devices.
-            both = found[0] if len(found) == 1 else jnp.stack(found)
-            groups = self.axis_index_groups
-            both = lax.pmean(both, self.axis_name, axis_index_groups=groups)
-            return [both] if len(found) == 1 else [both[i] for i in range(len(found))]
-
-        if not use_mean:
-            (var,) = means(_square(x))
-            return jnp.zeros_like(var), var
-        if self.use_fast_variance:
-            mean, square = means(x, _square(x))
-            return mean, jnp.maximum(0.0, square - _square(mean))
-        (mean,) = means(x)
-        (var,) = means(_square(x - jnp.expand_dims(mean, tuple(axes))))
-        return mean, var
-
-    def _normalized(
-        self,
-        x: Array,
-        mean: Array,
-        var: Array,
-        reduction_axes: Sequence[int],
-        feature_axes: Sequence[int],
-    ) -> Array:
-        mean, var = (jnp.expand_dims(s, tuple(reduction_axes)) for s in (mean, var))
-        shape = [size if axis in feature_axes else 1 for axis, size in enumerate(x.shape)]
-        parameters = []
-        y = x - mean
-        factor = lax.rsqrt(var + self.epsilon)
-        if self.use_scale:
-            parameters.append(self._parameter(self.scale, shape))
-            factor *= parameters[-1]
-        y *= factor
-        if self.use_bias:
-            parameters.append(self._parameter(self.bias, shape))
-            y += parameters[-1]
-        return jnp.asarray(y, canonicalize_dtype(x, *parameters, dtype=self.dtype))
-
-    def _parameter(self, parameter: nnx.Param[Array], shape: Sequence[int]) -> Array:
-        value = parameter[...].reshape(shape)
-        return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
-
-
-class BatchNorm(_Norm):
+class BatchNorm(Norm):
     """`flax.linen.BatchNorm`: rounds the result alone to `dtype`, updates as Linen does.
 
     Args:
@@ -226,7 +105,7 @@ class BatchNorm(_Norm):
                 "update them; give it to the constructor or the call, or call model.train() or "
                 "model.eval()"
             )
-        features = _canonical(x.ndim, self.axis)
+        features = canonical(x.ndim, self.axis)
         reduced = [axis for axis in range(x.ndim) if axis not in features]
         if use:
             mean, var = self.mean[...], self.var[...]
@@ -239,7 +118,7 @@ class BatchNorm(_Norm):
         return self._normalized(x, mean, var, reduced, features)
 
 
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
     """`flax.linen.LayerNorm`: over several axes, and rounding the result alone to `dtype`.
 
     Args:
@@ -268,12 +147,12 @@ class LayerNorm(_Norm):
         super().__init__(nn.LayerNorm, num_features, axes, fields, rngs)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        reduced = _canonical(x.ndim, self.reduction_axes)
+        reduced = canonical(x.ndim, self.reduction_axes)
         mean, var = self._statistics(x, reduced, mask)
-        return self._normalized(x, mean, var, reduced, _canonical(x.ndim, self.feature_axes))
+        return self._normalized(x, mean, var, reduced, canonical(x.ndim, self.feature_axes))
 
 
-class RMSNorm(_Norm):
+class RMSNorm(Norm):
     """`flax.linen.RMSNorm`: over several axes, and rounding the result alone to `dtype`.
 
     Args:
@@ -300,12 +179,12 @@ class RMSNorm(_Norm):
         super().__init__(nn.RMSNorm, num_features, axes, fields, rngs)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        reduced = _canonical(x.ndim, self.reduction_axes)
+        reduced = canonical(x.ndim, self.reduction_axes)
         mean, var = self._statistics(x, reduced, mask, use_mean=False)
-        return self._normalized(x, mean, var, reduced, _canonical(x.ndim, self.feature_axes))
+        return self._normalized(x, mean, var, reduced, canonical(x.ndim, self.feature_axes))
 
 
-class GroupNorm(_Norm):
+class GroupNorm(Norm):
     """`flax.linen.GroupNorm`: any `reduction_axes`, and rounding the result alone to `dtype`.
 
     Args:
@@ -332,7 +211,7 @@ class GroupNorm(_Norm):
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         axes = self.reduction_axes
         axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
-        *reduced, _ = _canonical(x.ndim, axes)
+        *reduced, _ = canonical(x.ndim, axes)
         size = x.shape[-1] // self._groups
         if mask is not None:
             mask = mask.reshape(*mask.shape[:-1], self._groups, size)
@@ -342,7 +221,7 @@ class GroupNorm(_Norm):
         return self._normalized(x, mean, var, reduced, (x.ndim - 1,))
 
 
-class InstanceNorm(_Norm):
+class InstanceNorm(Norm):
     """`flax.linen.InstanceNorm`: over several axes, and rounding the result alone to `dtype`.
 
     Args:
@@ -368,7 +247,7 @@ class InstanceNorm(_Norm):
         super().__init__(nn.InstanceNorm, num_features, axes, fields, rngs)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        features = _canonical(x.ndim, self.feature_axes)
+        features = canonical(x.ndim, self.feature_axes)
         if 0 in features:
             raise ValueError(
                 f"feature_axes: the first axis of the inputs is that of the instances, got "
@@ -377,28 +256,3 @@ class InstanceNorm(_Norm):
         reduced = [axis for axis in range(1, x.ndim) if axis not in features]
         mean, var = self._statistics(x, reduced, mask)
         return self._normalized(x, mean, var, reduced, features)
-
-
-def _canonical(ndim: int, axes: Axes) -> tuple[int, ...]:
-    """The axes counted from the front, in order, each once."""
-    given = axes if isinstance(axes, Iterable) else (axes,)
-    return tuple(sorted({axis % ndim for axis in given}))
-
-
-def _square(x: Array) -> Array:
-    if jnp.iscomplexobj(x):
-        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
-    return lax.square(x)
-
-
-def _example(
-    axes: Sequence[int], sizes: Sequence[int], reduced: Axes | None
-) -> jax.ShapeDtypeStruct:
-    """The smallest input with axes of these sizes, and with those that are reduced."""
-    others = () if reduced is None else reduced if isinstance(reduced, Iterable) else (reduced,)
-    # One more for the instances, which are never features.
-    ndim = max([2, *(axis + 1 if axis >= 0 else 1 - axis for axis in (*axes, *others))])
-    shape = [1] * ndim
-    for axis, size in zip(axes, sizes, strict=True):
-        shape[axis] = size
-    return shaped(*shape)

@@ -197,6 +197,15 @@ def test_classes_of_one_name_in_two_files_are_two(tmp_path: Path) -> None:
     assert used.endswith("a.Head")
 
 
+def test_what_is_in_a_class_inside_of_another_is_counted_once(tmp_path: Path) -> None:
+    file = tmp_path / "nested.py"
+    file.write_text(
+        "from flax import linen as nn\nclass A(nn.Module):\n  class B(nn.Module):\n"
+        "    def f(self): nn.Dense(1)\n"
+    )
+    assert [(f.name, f.module) for f in inspect(file).findings] == [("Dense", "B")]
+
+
 def test_a_module_of_python_is_found_by_its_name() -> None:
     assert inspect("examples.small_model").classes[0].name == "MLP"
 
