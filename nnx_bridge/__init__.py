@@ -6,6 +6,7 @@ from nnx_bridge._collections import collection_name, to_state, to_variables, var
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
 from nnx_bridge.equivalence import Case, CaseError, Report, Row, Verdict, check, load_case
 from nnx_bridge.host import Host, Node, unhost
+from nnx_bridge.weights import Plan, Rule, WeightsError, load, match, register_layout
 
 __all__ = [
     "CapturedGrad",
@@ -14,9 +15,12 @@ __all__ = [
     "CaseError",
     "Host",
     "Node",
+    "Plan",
     "Report",
     "Row",
+    "Rule",
     "Verdict",
+    "WeightsError",
     "audit",
     "capture",
     "capture_grad",
@@ -24,7 +28,10 @@ __all__ = [
     "check",
     "collection_name",
     "compat",
+    "load",
     "load_case",
+    "match",
+    "register_layout",
     "to_state",
     "to_variables",
     "unhost",

@@ -1,0 +1,174 @@
+"""`match`: the proposal which arrays of Linen variables are which of an NNX model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from lifted._errors import describe, path_text
+from nnx_bridge._collections import Path, Variables
+from nnx_bridge.weights._assemble import assembled
+from nnx_bridge.weights._layouts import Layout
+from nnx_bridge.weights._leaves import Leaf, Target, linen_leaves, module_classes, nnx_leaves
+from nnx_bridge.weights._order import Calls, orders_of_use
+from nnx_bridge.weights._paths import canonical
+from nnx_bridge.weights._plan import Plan
+from nnx_bridge.weights._problems import WeightsError, nearest
+from nnx_bridge.weights._row import Row
+from nnx_bridge.weights._rules import Rule, to_rules
+from nnx_bridge.weights._search import Search
+from nnx_bridge.weights._slots import Slot, linen_slot, nnx_slots
+
+
+def match(
+    variables: Variables,
+    model: Any,
+    rules: Iterable[Any] = (),
+    *,
+    calls: Calls | None = None,
+    stack_axis: int | Mapping[str, int] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    cast: Sequence[str] = (),
+) -> Plan:
+    """Proposes which arrays of Linen variables are which of an NNX model. Nothing is written.
+
+    Use it to look at, or to save and edit, what `load` does, and to convert other trees of the same
+    structure, such as the moments of an optimizer.
+
+    Args:
+      variables: Linen variables, boxed or not; arrays or `jax.ShapeDtypeStruct`s.
+      model: The NNX model, an abstract one (`nnx.eval_shape`), or its state. Of a state the classes
+        of its modules are not known, and neither are their layouts.
+      rules: `Rule`s, tuples of their fields `(linen, nnx)` or `(linen, nnx, layout)`, or functions
+        from a path in Linen to one in NNX (or None). The first that applies to a path wins, over
+        all other evidence.
+      calls: Two functions that call the models on equal inputs: of the Linen variables, and of the
+        NNX model. They are traced, not run, and tell the order in which weights are used.
+      stack_axis: The axis along which layers are stacked (`variable_axes` of `nn.scan`, `out_axes`
+        of `nnx.vmap`), for all stacks or by the path of the list, where it does not follow from
+        shapes.
+      allow_missing: Patterns of paths in NNX that may stay as they are. `*` is any text.
+      allow_extra: Patterns of paths in Linen that may be left behind.
+      cast: Patterns of paths in NNX that take their values in another dtype.
+
+    Returns:
+      A plan, which may have `problems`: it is shown with them, and cannot be applied.
+
+    Raises:
+      TypeError: An argument is not what it should be.
+      WeightsError: A rule leads to a path that the model does not have.
+
+    Example:
+        >>> import jax
+        >>> from flax import linen as nn
+        >>> cell = nn.OptimizedLSTMCell(3)
+        >>> x = np.ones((1, 2))
+        >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
+        >>> variables = cell.init(jax.random.key(0), carry, x)
+        >>> plan = match(variables, nnx.OptimizedLSTMCell(2, 3, rngs=nnx.Rngs(0)))
+        >>> plan.to_nnx(variables)["dense_h"]["kernel"].shape
+        (3, 12)
+    """
+    if not isinstance(model, nnx.Module | nnx.State):
+        raise TypeError(f"expected an NNX module or its state, got {describe(model)}")
+    ours = linen_leaves(variables)
+    theirs, ignored = nnx_leaves(model)
+    classes = module_classes(model)
+    rows, linen, nnx_ = _ruled(ours, theirs, classes, to_rules(rules))
+    order = orders_of_use(calls, variables, model) if calls is not None else None
+    search = Search(linen, nnx_, classes, order)
+    search.run(stack_axis)
+    found, incomplete = assembled(search.pairs)
+    place = {leaf.path: i for i, leaf in enumerate(ours)}
+    rows = sorted([*rows, *found], key=lambda row: min(place[path] for path in row.linen))
+    return Plan(
+        tuple(rows),
+        tuple(ours),
+        tuple(theirs),
+        (*search.undecided, *incomplete),
+        tuple(ignored),
+        _patterns("allow_missing", allow_missing),
+        _patterns("allow_extra", allow_extra),
+        _patterns("cast", cast),
+    )
+
+
+def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{name} is a list of patterns, got one; write {name}=[{patterns!r}]")
+    return tuple(patterns)
+
+
+def _ruled(
+    ours: Sequence[Leaf],
+    theirs: Sequence[Target],
+    classes: Mapping[Path, type],
+    rules: Sequence[Rule],
+) -> tuple[list[Row], list[Slot], list[Slot]]:
+    """The rows that rules make, and the remaining slots of both sides under the names that rules
+    give them."""
+    known = {name[:i] for t in theirs for name in [canonical(t.path)] for i in range(len(name) + 1)}
+    free_linen = {path_text(leaf.path): leaf for leaf in ours}
+    free_nnx = {path_text(target.path): target for target in theirs}
+    rows: list[Row] = []
+    targets: dict[Path, tuple[Path, Path]] = {}
+    for leaf in ours:
+        for rule in rules:
+            found = rule.target(leaf.path)
+            if found is None:
+                continue
+            if canonical(found[0]) not in known:
+                near = nearest(found[0], {t.path[: len(found[0])] for t in theirs})
+                raise WeightsError(
+                    f"a rule makes {path_text(leaf.path)} {path_text((*found[0], *found[1]))}, "
+                    f"but the model has no {path_text(found[0])}{near}"
+                )
+            if rule.layout is None:
+                targets[leaf.path] = found
+            elif path_text(leaf.path) in free_linen:
+                rows.append(_row_of_rule(rule, rule.layout, leaf, found, free_linen, free_nnx))
+            break
+    zones = {canonical(zone) for zone, _ in targets.values() if zone}
+    linen = []
+    for leaf in free_linen.values():
+        zone, below = targets.get(leaf.path, (None, ()))
+        path = None if zone is None else (*zone, *below)
+        linen.append(linen_slot(leaf, path, canonical(zone) if zone else None))
+    nnx = nnx_slots(list(free_nnx.values()), classes, [slot.path for slot in linen])
+    return rows, linen, [_in_zone(slot, zones) for slot in nnx]
+
+
+def _row_of_rule(
+    rule: Rule,
+    layout: Layout,
+    leaf: Leaf,
+    found: tuple[Path, Path],
+    free_linen: dict[str, Leaf],
+    free_nnx: dict[str, Target],
+) -> Row:
+    """The row of a rule that says itself how the arrays lie."""
+    target = path_text((*found[0], *found[1]))
+    paths = rule.siblings(leaf.path) or (path_text(leaf.path),)
+    what = f"a rule makes {' + '.join(paths)} {target}"
+    for path in paths:
+        if path not in free_linen:
+            near = nearest((path,), [free.path for free in free_linen.values()])
+            raise WeightsError(f"{what}, but Linen has no {path} that is free{near}")
+    if target not in free_nnx:
+        near = nearest((target,), [free.path for free in free_nnx.values()])
+        raise WeightsError(f"{what}, but the model has no array there that is free{near}")
+    linen = tuple(free_linen.pop(path).path for path in paths)
+    return Row(linen, (free_nnx.pop(target).path,), layout, why="with its layout")
+
+
+def _in_zone(slot: Slot, zones: set[Any]) -> Slot:
+    """The slot in the innermost of the zones that it is in."""
+    name = canonical(slot.path)
+    for end in range(len(name), 0, -1) if zones else ():
+        if name[:end] in zones:
+            return dataclasses.replace(slot, zone=name[:end])
+    return slot

@@ -1,0 +1,300 @@
+"""The search for partners, by evidence in the order of its weight.
+
+First equal paths. Then lists of layers are looked at as stacks where the other side has stacks.
+Then modules are assigned to modules with arrays of the same names and shapes, by the likeness of
+their paths and, where it is known, the order in which they are used. Then single arrays: to those
+of the same shape, and to those whose shape follows by a transposition or by merging axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnx_bridge._collections import Path
+from nnx_bridge.weights._assign import FORBIDDEN, assign
+from nnx_bridge.weights._layouts import Copy, Layout, Reshape, Transpose
+from nnx_bridge.weights._order import Orders
+from nnx_bridge.weights._paths import canonical, leaf_name
+from nnx_bridge.weights._problems import Undecided
+from nnx_bridge.weights._row import Certainty
+from nnx_bridge.weights._similarity import alike, similarities, words
+from nnx_bridge.weights._slots import Slot
+from nnx_bridge.weights._stacks import UnknownAxis, collapse, signature
+
+# How much the order of use counts beside the likeness of paths.
+_ORDER = 0.1
+# From this likeness on it is the names that speak for a pair.
+_ALIKE = 0.5
+_ADVICE = (
+    "equally good for all that is known: write a rule, or pass calls=(Linen's, NNX's) so that the "
+    "order of use decides"
+)
+
+Unit = list[Slot]  # What is assigned together: the arrays of a module, or a single one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A slot of Linen and the slot of NNX that it fills."""
+
+    linen: Slot
+    nnx: Slot
+    certainty: Certainty
+    why: str = ""
+    layout: Layout = Copy()
+
+
+class Search:
+    """Slots of both sides that have no partner yet, and what was found.
+
+    Attributes:
+      pairs: Partners.
+      undecided: Groups among which nobody can decide.
+    """
+
+    def __init__(
+        self,
+        linen: Iterable[Slot],
+        nnx: Iterable[Slot],
+        classes: Mapping[Path, type],
+        orders: Orders | None,
+    ) -> None:
+        self.pairs: list[Pair] = []
+        self.undecided: list[Undecided] = []
+        self._linen = dict.fromkeys(linen)
+        self._nnx = dict.fromkeys(nnx)
+        self._classes = classes
+        self._orders = orders
+
+    def run(self, stack_axis: int | Mapping[str, int] | None) -> None:
+        """Finds partners for as many slots as possible."""
+        self._same_paths(lambda path: path)
+        self._same_paths(canonical)
+        self._collapse(stack_axis)
+        self._same_paths(canonical)
+        self._assign(_modules, _module_kind, None)
+        self._assign(_singles, lambda unit: signature(unit[0]), _by_name)
+        self._assign(_singles, _size, self._by_layout)
+        self._different_shapes()
+        self._doubt_squares()
+
+    def _same_paths(self, name: Callable[[Path], Hashable]) -> None:
+        """Pairs slots of the same path, collection and shape."""
+
+        def keys(slots: Iterable[Slot]) -> dict[Slot, Hashable]:
+            return {slot: (slot.collection, slot.shape, name(slot.path)) for slot in slots}
+
+        ours, theirs = keys(self._linen), keys(self._nnx)
+        counts = Counter(ours.values()), Counter(theirs.values())
+        partners = {key: slot for slot, key in theirs.items()}
+        for slot, key in ours.items():
+            if counts[0][key] == counts[1][key] == 1:
+                self._pair(Pair(slot, partners[key], Certainty.EQUAL))
+
+    def _pair(self, pair: Pair) -> None:
+        if pair.linen.zone is not None:
+            pair = dataclasses.replace(pair, certainty=Certainty.RULE)
+        self.pairs.append(pair)
+        del self._linen[pair.linen], self._nnx[pair.nnx]
+
+    def _collapse(self, axis: int | Mapping[str, int] | None) -> None:
+        """Looks at lists as stacks."""
+        nnx, lists_of_nnx = collapse(list(self._nnx), list(self._linen), axis)
+        linen, lists_of_linen = collapse(list(self._linen), nnx, axis)
+        self._nnx, self._linen = dict.fromkeys(nnx), dict.fromkeys(linen)
+        for unknown in lists_of_nnx:
+            self._undecide(_taken(self._linen, unknown), unknown.slots, _which_axis(unknown))
+        for unknown in lists_of_linen:
+            self._undecide(unknown.slots, _taken(self._nnx, unknown), _which_axis(unknown))
+
+    def _undecide(self, linen: Iterable[Slot], nnx: Iterable[Slot], why: str) -> None:
+        ours = [source.path for slot in linen for source in slot.sources]
+        theirs = [t.path for slot in nnx for piece, _ in slot.sources for t in piece.targets]
+        self.undecided.append(Undecided(tuple(ours), tuple(dict.fromkeys(theirs)), why))
+
+    def _assign(
+        self,
+        units_of: Callable[[Iterable[Slot]], list[Unit]],
+        kind: Callable[[Unit], Hashable],
+        layout: Callable[[Slot, Slot], Layout | None] | None,
+    ) -> None:
+        """Assigns units of one kind to each other."""
+        ours, theirs = _by_kind(units_of(self._linen), kind), _by_kind(units_of(self._nnx), kind)
+        for key in ours:
+            if key in theirs:
+                self._assign_block(ours[key], theirs[key], layout)
+
+    def _assign_block(
+        self,
+        ours: list[Unit],
+        theirs: list[Unit],
+        layout: Callable[[Slot, Slot], Layout | None] | None,
+    ) -> None:
+        likeness = similarities(
+            words([_path(unit) for unit in ours], {}, leaf=layout is not None),
+            words([_path(unit) for unit in theirs], self._classes, leaf=layout is not None),
+        )
+        cost = 1 - likeness
+        if self._orders is not None:
+            first, second = self._ranks(0, ours), self._ranks(1, theirs)
+            distance = np.abs(np.subtract.outer(first, second))
+            cost += _ORDER * ((distance > 0) + distance / max(cost.shape))
+        if layout is not None:
+            fits = [[layout(a, b) is not None for (b,) in theirs] for (a,) in ours]
+            cost[~np.array(fits)] = FORBIDDEN
+        result = assign(cost)
+        open_ours = {i for group, _ in result.ambiguous for i in group}
+        for rows, columns in result.ambiguous:
+            linen = [slot for i in rows for slot in ours[i]]
+            nnx = [slot for j in columns for slot in theirs[j]]
+            self._undecide(linen, nnx, _ADVICE)
+            for slot in linen:
+                del self._linen[slot]
+            for slot in nnx:
+                del self._nnx[slot]
+        for i, j in result.pairs:
+            if i in open_ours:
+                continue
+            alone = cost.shape == (1, 1)
+            certainty = self._certainty(float(likeness[i, j]), alone)
+            partners = {canonical(slot.path)[-1:]: slot for slot in theirs[j]}
+            for slot in ours[i]:
+                single = layout is not None
+                partner = theirs[j][0] if single else partners[canonical(slot.path)[-1:]]
+                new = layout(slot, partner) if layout is not None else None
+                why = f"{likeness[i, j]:.0%} alike"
+                self._pair(Pair(slot, partner, certainty, why, new or Copy()))
+
+    def _certainty(self, likeness: float, alone: bool) -> Certainty:
+        if likeness >= _ALIKE:
+            return Certainty.NAMES
+        if alone:
+            return Certainty.ONLY
+        return Certainty.NAMES if self._orders is None else Certainty.USE
+
+    def _ranks(self, side: int, units: list[Unit]) -> np.ndarray:
+        """The places of units in the order of their first use."""
+        assert self._orders is not None
+        order = self._orders[side]
+        firsts = [
+            min(order.get(path, math.inf) for slot in unit for path in _leaf_paths(slot))
+            for unit in units
+        ]
+        ranks = {first: i for i, first in enumerate(sorted(set(firsts)))}
+        return np.array([float(ranks[first]) for first in firsts])
+
+    def _by_layout(self, ours: Slot, theirs: Slot) -> Layout | None:
+        """How one array becomes another of a different shape, if the shapes leave no doubt."""
+        simple = isinstance(theirs.sources[0][0].part.layout, Copy)
+        if not simple or ours.axis is not None or theirs.axis is not None:
+            return None
+        if ours.shape is None or theirs.shape is None or _by_name(ours, theirs) is None:
+            return None
+        if _merged(ours.shape, theirs.shape) or _merged(theirs.shape, ours.shape):
+            return Reshape(ours.shape, theirs.shape)
+        if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and not self._of_flax(theirs):
+            return Transpose()
+        return None
+
+    def _of_flax(self, slot: Slot) -> bool:
+        """Whether an array is in a layer of Flax, whose layout is known."""
+        cls = self._classes.get(slot.path[:-1])
+        return cls is not None and cls.__module__.startswith("flax.")
+
+    def _different_shapes(self) -> None:
+        """Pairs what has the same path though not the same shape, so that the error shows both."""
+        partners = {(slot.collection, canonical(slot.path)): slot for slot in self._nnx}
+        for slot in list(self._linen):
+            partner = partners.pop((slot.collection, canonical(slot.path)), None)
+            if partner is not None:
+                self._pair(Pair(slot, partner, Certainty.EQUAL))
+
+    def _doubt_squares(self) -> None:
+        """Takes square arrays of classes back of which other arrays were transposed."""
+        turned = {self._layer(p.nnx) for p in self.pairs if isinstance(p.layout, Transpose)}
+        for pair in [p for p in self.pairs if turned and self._layer(p.nnx) in turned]:
+            shape = pair.linen.shape
+            if shape is not None and len(shape) == 2 and shape[0] == shape[1]:
+                self.pairs.remove(pair)
+                why = (
+                    "other arrays of this class are transposed, which nobody can see of a square "
+                    "one: write a rule with the layout Transpose() or Copy()"
+                )
+                self._undecide([pair.linen], [pair.nnx], why)
+
+    def _layer(self, slot: Slot) -> tuple[type | None, str]:
+        return self._classes.get(slot.path[:-1]), leaf_name(slot.path[-1])
+
+
+def _taken(slots: dict[Slot, None], unknown: UnknownAxis) -> list[Slot]:
+    """The slots that may be the stack of a list, which nothing else may then be assigned to."""
+    stacks = [slot for slot in slots if signature(slot) in unknown.stacks]
+    for slot in stacks:
+        del slots[slot]
+    return stacks
+
+
+def _which_axis(unknown: UnknownAxis) -> str:
+    return (
+        f"{unknown.where} is a stack on one side, and a list on the other; the shapes fit the axes "
+        f"{unknown.axes}: say which with stack_axis={{{unknown.where!r}: {unknown.axes[0]}}}"
+    )
+
+
+def _path(unit: Unit) -> Path:
+    return unit[0].origin or unit[0].path
+
+
+def _modules(slots: Iterable[Slot]) -> list[Unit]:
+    """The arrays of each module together."""
+    modules: dict[Hashable, Unit] = defaultdict(list)
+    for slot in slots:
+        modules[slot.zone, canonical(slot.path)[:-1]].append(slot)
+    return list(modules.values())
+
+
+def _module_kind(unit: Unit) -> Hashable:
+    """What modules have in common that may be each other's partners."""
+    names = ((slot.collection, canonical(slot.path)[-1:], slot.shape) for slot in unit)
+    return unit[0].zone, frozenset(names)
+
+
+def _singles(slots: Iterable[Slot]) -> list[Unit]:
+    return [[slot] for slot in slots]
+
+
+def _size(unit: Unit) -> Hashable:
+    (slot,) = unit
+    return slot.zone, slot.collection, slot.shape and math.prod(slot.shape)
+
+
+def _by_kind(units: list[Unit], kind: Callable[[Unit], Hashable]) -> dict[Hashable, list[Unit]]:
+    kinds: dict[Hashable, list[Unit]] = defaultdict(list)
+    for unit in units:
+        kinds[kind(unit)].append(unit)
+    return kinds
+
+
+def _by_name(ours: Slot, theirs: Slot) -> Layout | None:
+    """A copy, where the names of two arrays do not speak against it."""
+    likeness = alike(leaf_name(ours.path[-1]), leaf_name(theirs.path[-1]))
+    return Copy() if likeness > 0 else None
+
+
+def _merged(shape: Sequence[int], into: Sequence[int]) -> bool:
+    """Whether `into` is `shape` with neighbouring axes merged."""
+    ends = {math.prod(shape[:i]) for i in range(len(shape) + 1)}
+    return len(into) < len(shape) and all(math.prod(into[:i]) in ends for i in range(len(into) + 1))
+
+
+def _leaf_paths(slot: Slot) -> list[Any]:
+    paths = []
+    for source in slot.sources:
+        paths += [t.path for t in source[0].targets] if isinstance(source, tuple) else [source.path]
+    return paths
