@@ -130,8 +130,8 @@ def _box_to_json(leaf: Leaf) -> dict[str, Any]:
     if type(box) is nn.LogicallyPartitioned and box.mesh is None:
         return {"kind": "LogicallyPartitioned", "names": box.names, "rules": box.rules}
     raise TypeError(
-        f"{path_text(leaf.path)}: a {type(box).__name__} cannot be written as JSON; make the plan of "
-        "flax.linen.meta.unbox(variables)"
+        f"{path_text(leaf.path)}: a {type(box).__name__} cannot be written as JSON; make the plan "
+        "of flax.linen.meta.unbox(variables)"
     )
 
 
