@@ -186,8 +186,8 @@ def _check_outputs(expected: Any, came: Any) -> None:
     if wrong:
         raise WeightsError(
             f"the outputs differ with these weights:{listed(wrong, len(wrong))}\n"
-            "The model was left as it was. Look at the plan (dry_run=True) for layers of equal shape that may be "
-            "exchanged, and for square kernels that may be transposed."
+            "The model was left as it was. Look at the plan (dry_run=True) for layers of equal "
+            "shape that may be exchanged, and for square kernels that may be transposed."
         )
 
 

@@ -55,6 +55,7 @@ def split_name(name: str) -> tuple[str, tuple[int, ...]]:
     return match[1].lower(), tuple(int(n) for n in re.findall(r"\d+", match[2]))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def tokens(path: Path) -> tuple[Token, ...]:
     """The tokens of a path.
 
@@ -73,6 +74,7 @@ def tokens(path: Path) -> tuple[Token, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def canonical(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What paths have in common that differ in how a name is written only.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # So many names, and so many lines, a message shows at most.
 _NAMES = 5
 _LINES = 40
+_PATHS = 8
 _COMPARED = 50
 
 
@@ -170,9 +171,14 @@ class _Candidates:
 
 
 def _ambiguous(group: Undecided) -> Problem:
-    ours, theirs = (", ".join(map(path_text, paths)) for paths in (group.linen, group.nnx))
+    ours, theirs = _few(group.linen), _few(group.nnx)
     text = f"{ours}: the candidates in NNX are {theirs}; {group.why}"
     return Problem(Kind.AMBIGUOUS, (*group.linen, *group.nnx), text)
+
+
+def _few(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - _PATHS} more" if len(paths) > _PATHS else ""
+    return ", ".join(map(path_text, paths[:_PATHS])) + more
 
 
 def _of_row(

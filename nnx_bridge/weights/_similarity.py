@@ -20,7 +20,8 @@ from nnx_bridge.weights._registry import linen_names
 
 # Above this number of pairs of names only equal ones count as alike.
 _FUZZY = 250_000
-_NUMBER = 0.4
+_NUMBER = 0.5
+_ONE_NUMBER = 0.3
 _MASK = (1 << 62) - 1  # Of a hash of several numbers, so that it is not negative.
 
 # What people call Flax's variables in layers of their own.
@@ -123,8 +124,8 @@ def _with_numbers(names: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np
     )
     both = (count > 0) & (count_ > 0)
     equal = np.where(count == count_, rank == rank_, number == number_)
-    # Only one is numbered: the first of a row is most likely the one that has no number.
-    one = np.where(np.maximum(rank, rank_) > 0, 1 - _NUMBER, 1.0)
+    # Where only one is numbered, little is known, unless it is the only one of its name.
+    one = np.where(np.maximum(count, count_) > 1, _ONE_NUMBER, 1.0)
     with_number = (1 - _NUMBER) * names + _NUMBER * equal
     return np.where(both, with_number, names * one).astype(np.float32)
 

@@ -73,26 +73,28 @@ def collapse(
         if any(have[signature(slot)] <= want[signature(slot)] for slot in first):
             continue
         given = axis if axis is None or isinstance(axis, int) else axis.get(where)
-        axes = _axes(first, len(layers), have, want, names, given)
-        if len(axes) > 1:
-            stacks_ = {
-                signature(_stacked([layer[rest] for layer in layers], axis))
-                for rest in layers[0]
-                for axis in axes
-            }
-            unknown.append(
-                UnknownAxis(where, tuple(members), tuple(sorted(axes)), frozenset(stacks_))
-            )
+        # Without the list: its kernels may have the shape of its stacked biases.
+        others_ = have - Counter(map(signature, members))
+        axes = _axes(first, len(layers), others_, want, names, given)
         if not axes:
             continue
+        have = others_
         for slot in members:
             del remaining[slot]
-            have[signature(slot)] -= 1
         if len(axes) == 1:
             new = [_stacked([layer[rest] for layer in layers], *axes) for rest in layers[0]]
             have.update(map(signature, new))
             stacks += new
+        else:
+            unknown.append(_unknown(where, layers, axes))
     return [*remaining, *stacks], unknown
+
+
+def _unknown(where: str, layers: list[dict[Any, Slot]], axes: set[int]) -> UnknownAxis:
+    lists = [[layer[rest] for layer in layers] for rest in layers[0]]
+    stacks = frozenset(signature(_stacked(slots, axis)) for slots in lists for axis in axes)
+    members = tuple(slot for slots in lists for slot in slots)
+    return UnknownAxis(where, members, tuple(sorted(axes)), stacks)
 
 
 def _lists(slots: Sequence[Slot]) -> list[tuple[str, list[dict[Any, Slot]]]]:

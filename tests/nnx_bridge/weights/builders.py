@@ -1,0 +1,58 @@
+"""What the tests of weights share: variables and models given by the shapes of their arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.helpers import normal
+
+
+def variables(shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Linen variables: `{"params/Dense_0/kernel": (3, 4)}`, all of different values."""
+    tree: dict[str, Any] = {}
+    for seed, (path, shape) in enumerate(shapes.items()):
+        *parents, name = path.split("/")
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        branch[name] = normal(*shape, seed=seed, dtype=dtype)
+    return tree
+
+
+class Linear(nnx.Module):
+    """A layer of the user's own, whose kernel lies as in PyTorch."""
+
+    def __init__(self, n: int, m: int) -> None:
+        self.kernel = nnx.Param(jnp.zeros((m, n)))
+        self.bias = nnx.Param(jnp.zeros(m))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].T + self.bias
+
+
+class Holder(nnx.Module):
+    """Modules by name: `Holder(first=..., second=...)`."""
+
+    def __init__(self, **modules: Any) -> None:
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+def dense(n: int, m: int, **kwargs: Any) -> nnx.Linear:
+    """A layer of Flax."""
+    return nnx.Linear(n, m, rngs=nnx.Rngs(0), **kwargs)
+
+
+def partners(plan: Any) -> dict[str, str]:
+    """The paths of a plan's rows as text, with the layout where there is one."""
+    return {
+        " + ".join("/".join(map(str, p)) for p in row.linen): " + ".join(
+            "/".join(map(str, p)) for p in row.nnx
+        )
+        + (f" ({row.layout_text})" if row.layout_text else "")
+        for row in plan.rows
+    }
