@@ -38,6 +38,7 @@ def load(
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
     cast: Sequence[str] = (),
+    axis_names: bool = False,
     dry_run: bool = False,
 ) -> Plan:
     """Fills an NNX model with the weights of a Linen model.
@@ -58,6 +59,9 @@ def load(
       allow_missing: See `match`.
       allow_extra: See `match`.
       cast: See `match`.
+      axis_names: Gives Variables without `out_sharding` the names of axes that Linen's boxes have,
+        where these are known; with the axis of a stack added or removed. `nnx.Optimizer` then wants
+        a mesh to be set, so it is not done unasked.
       dry_run: Only makes the plan, and writes nothing.
 
     Returns:
@@ -94,7 +98,7 @@ def load(
         _check_same(plan, variables, model)
     if dry_run:
         return plan
-    new = list(_filled(plan, plan.to_nnx(variables), model))
+    new = list(_filled(plan, plan.to_nnx(variables), model, axis_names))
     if calls is not None:
         graphdef, state = nnx.split(model)
         old = {path: leaf for path, leaf in flat_state(state)} | dict(new)
@@ -104,7 +108,9 @@ def load(
     return plan
 
 
-def _filled(plan: Plan, values: Mapping[Any, Any], model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+def _filled(
+    plan: Plan, values: Mapping[Any, Any], model: nnx.Module, axis_names: bool
+) -> Iterator[tuple[Path, Any]]:
     """The Variables of the model with their new values."""
     targets = {target.path: target for target in plan.nnx}
     linen = {leaf.path: leaf.names for leaf in plan.linen}
@@ -126,7 +132,7 @@ def _filled(plan: Plan, values: Mapping[Any, Any], model: nnx.Module) -> Iterato
             yield path, value
             continue
         variable = leaf.replace(value)
-        if names[path] is not None and targets[path].names is None:
+        if axis_names and names[path] is not None and targets[path].names is None:
             variable.set_metadata(out_sharding=names[path])
         yield path, variable
 
@@ -198,7 +204,9 @@ def _difference(expected: Any, came: Any) -> tuple[float, float]:
     eps = max((float(jnp.finfo(d).eps) for d in inexact), default=0.0)
     wide = np.result_type(np.float64, *(() if ours.dtype.kind in "Vb" else (ours.dtype,)))
     ours, theirs = ours.astype(wide), theirs.astype(wide)
-    if not np.isfinite(ours).all():
-        return (0.0 if np.array_equal(ours, theirs, equal_nan=True) else np.inf), 0.0
-    limit = min(_ROUNDINGS * eps, _LARGEST) * float(np.abs(ours).max())
-    return float(np.abs(ours - theirs).max()), limit
+    finite = np.isfinite(ours)
+    if not np.array_equal(ours[~finite], theirs[~finite], equal_nan=True):
+        return np.inf, 0.0
+    largest = np.abs(ours[finite]).max(initial=0.0)
+    limit = min(_ROUNDINGS * eps, _LARGEST) * float(largest)
+    return float(np.abs(ours[finite] - theirs[finite]).max(initial=0.0)), limit

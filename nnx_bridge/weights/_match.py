@@ -63,7 +63,7 @@ def match(
       WeightsError: A rule leads to a path that the model does not have.
 
     Example:
-        >>> import jax
+        >>> import jax, numpy as np
         >>> from flax import linen as nn
         >>> cell = nn.OptimizedLSTMCell(3)
         >>> x = np.ones((1, 2))
@@ -111,7 +111,7 @@ def _ruled(
 ) -> tuple[list[Row], list[Slot], list[Slot]]:
     """The rows that rules make, and the remaining slots of both sides under the names that rules
     give them."""
-    known = {name[:i] for t in theirs for name in [canonical(t.path)] for i in range(len(name) + 1)}
+    known = {v for t in theirs for i in range(len(t.path) + 1) for v in _names(t.path[:i])}
     free_linen = {path_text(leaf.path): leaf for leaf in ours}
     free_nnx = {path_text(target.path): target for target in theirs}
     rows: list[Row] = []
@@ -121,7 +121,7 @@ def _ruled(
             found = rule.target(leaf.path)
             if found is None:
                 continue
-            if canonical(found[0]) not in known:
+            if not known.intersection(_names(found[0])):
                 near = nearest(found[0], {t.path[: len(found[0])] for t in theirs})
                 raise WeightsError(
                     f"a rule makes {path_text(leaf.path)} {path_text((*found[0], *found[1]))}, "
@@ -132,14 +132,25 @@ def _ruled(
             elif path_text(leaf.path) in free_linen:
                 rows.append(_row_of_rule(rule, rule.layout, leaf, found, free_linen, free_nnx))
             break
-    zones = {canonical(zone) for zone, _ in targets.values() if zone}
+    zones = {target: _zone(target, known) for target, _ in targets.values()}
     linen = []
     for leaf in free_linen.values():
-        zone, below = targets.get(leaf.path, (None, ()))
-        path = None if zone is None else (*zone, *below)
-        linen.append(linen_slot(leaf, path, canonical(zone) if zone else None))
+        target, below = targets.get(leaf.path, (None, ()))
+        path = None if target is None else (*target, *below)
+        linen.append(linen_slot(leaf, path, zones[target] if target else None))
     nnx = nnx_slots(list(free_nnx.values()), classes, [slot.path for slot in linen])
-    return rows, linen, [_in_zone(slot, zones) for slot in nnx]
+    used = set(zones.values())
+    return rows, linen, [_in_zone(slot, used) for slot in nnx]
+
+
+def _names(path: Path) -> list[Any]:
+    """The names of a path: its own, and that without the places in lists, which a stack has not."""
+    outside = tuple(key for key in path if not str(key).isdigit())
+    return [canonical(path), canonical(outside)]
+
+
+def _zone(target: Path, known: set[Any]) -> Any:
+    return next(name for name in _names(target) if name in known)
 
 
 def _row_of_rule(
@@ -167,8 +178,8 @@ def _row_of_rule(
 
 def _in_zone(slot: Slot, zones: set[Any]) -> Slot:
     """The slot in the innermost of the zones that it is in."""
-    name = canonical(slot.path)
-    for end in range(len(name), 0, -1) if zones else ():
-        if name[:end] in zones:
-            return dataclasses.replace(slot, zone=name[:end])
+    for end in range(len(slot.path), 0, -1) if zones else ():
+        for name in _names(slot.path[:end]):
+            if name in zones:
+                return dataclasses.replace(slot, zone=name)
     return slot

@@ -22,7 +22,7 @@ _SHOWN = 20
 # Names in braces.
 _BRACED = 4
 
-_STYLES = {Certainty.ONLY: "yellow", Certainty.USE: "yellow"}
+_STYLES = {Certainty.NUMBERS: "yellow", Certainty.ONLY: "yellow"}
 
 
 def table(plan: Plan) -> RenderableType:

@@ -19,8 +19,9 @@ class Certainty(enum.Enum):
     RULE = "your rule"
     EQUAL = "same path"
     NAMES = "alike in names"
-    ONLY = "the only one"
     USE = "order of use"
+    NUMBERS = "numbers alone"
+    ONLY = "the only one"
 
 
 @dataclasses.dataclass(frozen=True)

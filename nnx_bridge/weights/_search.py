@@ -27,6 +27,9 @@ from nnx_bridge.weights._similarity import alike, similarities, words
 from nnx_bridge.weights._slots import Slot
 from nnx_bridge.weights._stacks import UnknownAxis, collapse, signature
 
+# How much numbers count beside the names before them.
+_NUMBER = 0.5
+_NUMBER_BESIDE_ORDER = 0.05
 # How much the order of use counts beside the likeness of paths.
 _ORDER = 0.1
 # From this likeness on it is the names that speak for a pair.
@@ -136,10 +139,14 @@ class Search:
         theirs: list[Unit],
         layout: Callable[[Slot, Slot], Layout | None] | None,
     ) -> None:
-        likeness = similarities(
+        sides = (
             words([_path(unit) for unit in ours], {}, leaf=layout is not None),
             words([_path(unit) for unit in theirs], self._classes, leaf=layout is not None),
         )
+        # Linen numbers its layers as they are made. How they are used says more, where it is known.
+        number = _NUMBER if self._orders is None else _NUMBER_BESIDE_ORDER
+        likeness = similarities(*sides, number)
+        rivals = _rivals(similarities(*sides, 0.0))
         cost = 1 - likeness
         if self._orders is not None:
             first, second = self._ranks(0, ours), self._ranks(1, theirs)
@@ -161,8 +168,7 @@ class Search:
         for i, j in result.pairs:
             if i in open_ours:
                 continue
-            alone = cost.shape == (1, 1)
-            certainty = self._certainty(float(likeness[i, j]), alone)
+            certainty = self._certainty(float(likeness[i, j]), bool(rivals[i, j]))
             partners = {canonical(slot.path)[-1:]: slot for slot in theirs[j]}
             for slot in ours[i]:
                 single = layout is not None
@@ -171,12 +177,11 @@ class Search:
                 why = f"{likeness[i, j]:.0%} alike"
                 self._pair(Pair(slot, partner, certainty, why, new or Copy()))
 
-    def _certainty(self, likeness: float, alone: bool) -> Certainty:
-        if likeness >= _ALIKE:
-            return Certainty.NAMES
-        if alone:
-            return Certainty.ONLY
-        return Certainty.NAMES if self._orders is None else Certainty.USE
+    def _certainty(self, likeness: float, rivals: bool) -> Certainty:
+        """What speaks for a pair, of which the names are alike, and those of others as much."""
+        if rivals:
+            return Certainty.NUMBERS if self._orders is None else Certainty.USE
+        return Certainty.NAMES if likeness >= _ALIKE else Certainty.ONLY
 
     def _ranks(self, side: int, units: list[Unit]) -> np.ndarray:
         """The places of units in the order of their first use."""
@@ -245,6 +250,13 @@ def _which_axis(unknown: UnknownAxis) -> str:
         f"{unknown.where} is a stack on one side, and a list on the other; the shapes fit the axes "
         f"{unknown.axes}: say which with stack_axis={{{unknown.where!r}: {unknown.axes[0]}}}"
     )
+
+
+def _rivals(likeness: np.ndarray) -> np.ndarray:
+    """For each pair, whether the row or the column is as much alike to others."""
+    as_good = [likeness.max(axis=axis, keepdims=True) - likeness for axis in (0, 1)]
+    several = [(gap <= 0).sum(axis=axis, keepdims=True) > 1 for axis, gap in enumerate(as_good)]
+    return (several[0] & (as_good[0] <= 0)) | (several[1] & (as_good[1] <= 0))
 
 
 def _path(unit: Unit) -> Path:

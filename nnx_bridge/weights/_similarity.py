@@ -20,7 +20,6 @@ from nnx_bridge.weights._registry import linen_names
 
 # Above this number of pairs of names only equal ones count as alike.
 _FUZZY = 250_000
-_NUMBER = 0.5
 _ONE_NUMBER = 0.3
 _MASK = (1 << 62) - 1  # Of a hash of several numbers, so that it is not negative.
 
@@ -85,8 +84,13 @@ def words(paths: Sequence[Path], classes: Mapping[Path, type], *, leaf: bool) ->
     return result
 
 
-def similarities(ours: Sequence[Words], theirs: Sequence[Words]) -> np.ndarray:
-    """How alike each of `ours` is to each of `theirs`, from 0 to 1."""
+def similarities(
+    ours: Sequence[Words], theirs: Sequence[Words], numbers: float = 0.5
+) -> np.ndarray:
+    """How alike each of `ours` is to each of `theirs`, from 0 to 1.
+
+    `numbers` is what they count of tokens that have some, the rest being that of their names.
+    """
     our_names = {name: i for i, name in enumerate({n: 0 for w in ours for n in w.names})}
     their_names = {name: i for i, name in enumerate({n: 0 for w in theirs for n in w.names})}
     table = np.zeros((len(our_names) + 1, len(their_names) + 1), np.float32)
@@ -109,7 +113,7 @@ def similarities(ours: Sequence[Words], theirs: Sequence[Words]) -> np.ndarray:
         row = [np.zeros(shape, np.float32)]
         for j in range(their_ids.shape[1]):
             names = table[np.ix_(our_ids[:, i], their_ids[:, j])]
-            step = _with_numbers(names, our_numbers[:, i, None], their_numbers[None, :, j])
+            step = _with_numbers(names, our_numbers[:, i, None], their_numbers[None, :, j], numbers)
             row.append(np.maximum(np.maximum(step + best[j], best[j + 1]), row[-1]))
         best = row
     lengths = np.add.outer([len(w.names) for w in ours], [len(w.names) for w in theirs])
@@ -118,7 +122,9 @@ def similarities(ours: Sequence[Words], theirs: Sequence[Words]) -> np.ndarray:
     return np.round(shares.astype(np.float64), 4)
 
 
-def _with_numbers(names: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+def _with_numbers(
+    names: np.ndarray, ours: np.ndarray, theirs: np.ndarray, weight: float
+) -> np.ndarray:
     (number, rank, count), (number_, rank_, count_) = (
         np.moveaxis(x, -1, 0) for x in (ours, theirs)
     )
@@ -126,7 +132,7 @@ def _with_numbers(names: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np
     equal = np.where(count == count_, rank == rank_, number == number_)
     # Where only one is numbered, little is known, unless it is the only one of its name.
     one = np.where(np.maximum(count, count_) > 1, _ONE_NUMBER, 1.0)
-    with_number = (1 - _NUMBER) * names + _NUMBER * equal
+    with_number = (1 - weight) * names + weight * equal
     return np.where(both, with_number, names * one).astype(np.float32)
 
 

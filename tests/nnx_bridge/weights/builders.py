@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-
-from tests.helpers import normal
 
 
 def variables(shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -19,7 +18,9 @@ def variables(shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32) -> d
         branch = tree
         for key in parents:
             branch = branch.setdefault(key, {})
-        branch[name] = normal(*shape, seed=seed, dtype=dtype)
+        # Not drawn by JAX, which would compile a program for each shape.
+        drawn = np.random.default_rng(seed).normal(size=shape)
+        branch[name] = jnp.asarray(drawn.astype(np.float32), dtype)
     return tree
 
 

@@ -222,9 +222,8 @@ def test_collections_do_not_mix() -> None:
 
 @given(linen_variables())
 def test_hosted_variables_have_the_paths_of_linen(tree: dict[str, Any]) -> None:
-    weights = {
-        name: t for name, t in tree.items() if name not in ("intermediates", "perturbations")
-    }
+    not_weights = ("intermediates", "perturbations")
+    weights = {name: branch for name, branch in tree.items() if name not in not_weights}
     plan = match(weights, to_state(weights))
     assert not plan.problems
     assert {row.certainty for row in plan.rows} <= {Certainty.EQUAL}

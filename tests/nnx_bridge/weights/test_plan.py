@@ -127,9 +127,9 @@ def test_moments_of_an_optimizer_are_converted_as_the_parameters(plan: Plan) -> 
         return jnp.sum(Net().apply({**WEIGHTS, "params": params}, X) ** 2)
 
     transform = optax.adam(1e-2)
-    _, linen_state = transform.update(jax.grad(loss)(params), transform.init(params))
+    _, linen_state = transform.update(jax.jit(jax.grad(loss))(params), transform.init(params))
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(X) ** 2))(model))
+    optimizer.update(model, nnx.jit(nnx.grad(lambda m: jnp.sum(m(X) ** 2)))(model))
     for name in ("mu", "nu"):
         moments = getattr(linen_state[0], name)
         converted = plan.to_nnx({"params": moments})
@@ -191,35 +191,25 @@ def test_sharded_arrays_stay_sharded() -> None:
 def test_a_tree_that_lacks_an_array_is_an_error(plan: Plan) -> None:
     params = {**nn.unbox(WEIGHTS["params"])}
     params["Dnse_0"] = params.pop("Dense_0")
-    with pytest.raises(
-        WeightsError, match="missing: params/Dense_0/bias; nearest: params/Dnse_0/b"
-    ):
+    with pytest.raises(WeightsError, match="missing: params/Dense_0/bias; nearest: params/Dns"):
         plan.to_nnx({"params": params})
-    with pytest.raises(
-        WeightsError, match="not in the plan: params/Dnse_0/kernel; nearest: params"
-    ):
+    with pytest.raises(WeightsError, match="not in the plan: params/Dnse_0/kernel; near"):
         plan.to_nnx({"params": params})
 
 
 def test_an_nnx_tree_that_lacks_an_array_is_an_error(plan: Plan) -> None:
     tree = plan.to_nnx(WEIGHTS)
     del tree["head"]["bias"]
-    with pytest.raises(
-        WeightsError, match="the NNX tree is not that of the plan:\n  missing: head/b"
-    ):
+    with pytest.raises(WeightsError, match="NNX tree is not that of the plan:\n  missing: head/b"):
         plan.to_linen(tree)
-    with pytest.raises(
-        TypeError, match="expected an NNX module, a state or nested dicts, got list"
-    ):
+    with pytest.raises(TypeError, match="an NNX module, a state or nested dicts, got list"):
         plan.to_linen([])
 
 
 def test_an_array_that_does_not_fit_its_layout_is_named(plan: Plan) -> None:
     tree = plan.to_nnx(WEIGHTS)
     tree["rnn"]["cell"]["dense_h"]["bias"] = jnp.zeros(7)
-    with pytest.raises(
-        WeightsError, match=r"rnn/cell/dense_h/bias: expected length 20 along axis -1"
-    ):
+    with pytest.raises(WeightsError, match=r"cell/dense_h/bias: expected length 20 along axis -1"):
         plan.to_linen(tree)
 
 

@@ -36,7 +36,7 @@ SWAPPED = {
         [("Dense_0/kernel", "b/kernel")],
         [("Dense_0", "b"), ("Dense_1", "a")],
         [("*_0", "b")],
-        [("**_1/*", "a/*")] and [("Dense_1/*", "a/*")],
+        [("Dense_1/*", "a/*")],
         [(re.compile(r"params/Dense_0/(\w+)"), r"b/\1")],
         [Rule("Dense_0", "b")],
         [lambda path: path.replace("params/Dense_0", "b") if "Dense_0" in path else None],
@@ -137,9 +137,7 @@ def test_keys_with_slashes_can_be_below_a_rule() -> None:
 
 
 def test_a_rule_to_a_path_that_does_not_exist_is_an_error_with_the_nearest() -> None:
-    message = (
-        r"a rule makes params/a/kernel frist/kernel, but the model has no frist; nearest: first"
-    )
+    message = r"rule makes params/a/kernel frist/kernel, but the model has no frist; nearest: first"
     with pytest.raises(WeightsError, match=message):
         match(kernels("a"), model("first"), [("a", "frist")])
 
@@ -151,9 +149,7 @@ def test_a_rule_with_a_layout_to_a_path_that_does_not_exist_is_an_error() -> Non
 
 def test_a_joined_array_that_linen_does_not_have_is_an_error() -> None:
     rule = (("a/kernel", "x/kernel"), "first/kernel", Concatenate((4, 4)))
-    with pytest.raises(
-        WeightsError, match="but Linen has no params/x/kernel that is free; nearest:"
-    ):
+    with pytest.raises(WeightsError, match="Linen has no params/x/kernel that is free; nearest:"):
         match(kernels("a", "b"), model("first"), [rule])
 
 

@@ -139,12 +139,13 @@ def test_a_stack_along_another_axis_than_that_of_the_model_is_an_error() -> None
 def test_an_axis_that_the_shapes_do_not_tell_is_asked_for() -> None:
     linen, model = Scanned(layers=4, width=4), NativeList(layers=4, width=4)
     weights = randomized(linen.init(KEY, X))
-    (problem,) = match(weights, model).problems
+    rules = [("layers/Dense_0", "blocks/up"), ("layers/Dense_1", "blocks/down")]
+    (problem,) = match(weights, model, rules).problems
     assert "blocks is a stack on one side, and a list on the other" in problem.text
     assert "the shapes fit the axes (0, 1): say which with stack_axis={'blocks': 0}" in problem.text
     with pytest.raises(WeightsError, match="say which with stack_axis"):
-        load(model, weights)
-    load(model, weights, stack_axis={"blocks": 0})
+        load(model, weights, rules)
+    load(model, weights, rules, stack_axis={"blocks": 0})
     assert_trees_close(model(X), linen.apply(weights, X))
 
 
@@ -167,11 +168,19 @@ def test_the_names_of_axes_tell_the_axis() -> None:
     assert plan.rows[0].linen_axis == 1
 
 
+def test_a_rule_leads_from_a_list_into_a_stack() -> None:
+    linen = variables({f"params/{n}_{i}/kernel": (4, 5) for n in "ab" for i in range(3)})
+    x, y = (Holder(kernel=nnx.Param(jnp.zeros((3, 4, 5)))) for _ in "xy")
+    found = partners(match(linen, Holder(x=x, y=y), [("a_*", "y/*")]))
+    a, b = (" + ".join(f"params/{n}_{i}/kernel" for i in range(3)) for n in "ab")
+    assert found == {a: "y/kernel (stack on axis 0)", b: "x/kernel (stack on axis 0)"}
+
+
 def test_the_name_of_a_stacks_axis_goes_and_comes_with_it() -> None:
     linen, model = Scanned(1, boxed=True), NativeList()
     weights = randomized(linen.init(KEY, X))
     assert weights["params"]["layers"]["Dense_0"]["kernel"].names == ("embed", "layers", "mlp")
-    plan = load(model, weights)
+    plan = load(model, weights, axis_names=True)
     assert model.blocks[2].up.kernel.out_sharding == ("embed", "mlp")
     assert_trees_equal(plan.to_linen(model), weights)
 
@@ -184,7 +193,7 @@ def test_the_names_of_a_list_get_an_unnamed_axis_in_a_stack() -> None:
         }
     }
     model = Holder(layers=Holder(kernel=nnx.Param(jnp.zeros((3, 4, 5)))))
-    plan = load(model, weights)
+    plan = load(model, weights, axis_names=True)
     assert model.layers.kernel.out_sharding == (None, "embed", "mlp")
     assert_trees_equal(plan.to_linen(model), weights)
 
