@@ -19,7 +19,7 @@ from nnx_bridge.weights._paths import canonical, tokens
 from nnx_bridge.weights._registry import linen_names
 
 # Above this number of pairs of names only equal ones count as alike.
-_FUZZY = 250_000
+_FUZZY = 1_000_000
 _ONE_NUMBER = 0.3
 _MASK = (1 << 62) - 1  # Of a hash of several numbers, so that it is not negative.
 
