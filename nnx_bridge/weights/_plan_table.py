@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,7 +13,8 @@ from rich.text import Text
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path
-from nnx_bridge.weights._row import Certainty
+from nnx_bridge.weights._paths import tokens
+from nnx_bridge.weights._row import Certainty, Row
 
 if TYPE_CHECKING:
     from nnx_bridge.weights._plan import Plan
@@ -28,15 +30,17 @@ _STYLES = {Certainty.NUMBERS: "yellow", Certainty.ONLY: "yellow"}
 def table(plan: Plan) -> RenderableType:
     """The rows of a plan, and what is wrong with it."""
     shapes = {leaf.path: str(leaf) for leaf in plan.linen}
+    groups = _groups(plan.rows, shapes)
     rows = Table(box=box.SIMPLE_HEAD, title="Linen to NNX", title_justify="left")
     for name in ("Linen", "NNX", "array", "layout", "certainty"):
         rows.add_column(name, overflow="fold")
-    for row in plan.rows:
+    for group in groups:
+        row = group[0]
         array = shapes.get(row.linen[0], "") if row.linen else ""
         certainty = f"{row.certainty.value}{f' ({row.why})' if row.why else ''}"
         rows.add_row(
-            Text(_side(row.linen)),
-            Text(_side(row.nnx) or "(nothing)"),
+            Text(_side([path for row in group for path in row.linen])),
+            Text(_side([path for row in group for path in row.nnx]) or "(nothing)"),
             Text(array + (f" × {len(row.linen)}" if len(row.linen) > 1 else "")),
             row.layout_text,
             certainty,
@@ -45,7 +49,44 @@ def table(plan: Plan) -> RenderableType:
     return Group(rows, _conclusion(plan))
 
 
-def _side(paths: tuple[Path, ...]) -> str:
+def _groups(rows: Sequence[Row], shapes: Mapping[Path, str]) -> list[list[Row]]:
+    """Rows that differ in one number of each side only, and in the same order, together."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        sides = [[tokens(path) for path in paths] for paths in (row.linen, row.nnx)]
+        name = [[[(t.name, len(t.numbers)) for t in path] for path in side] for side in sides]
+        array = shapes.get(row.linen[0]) if row.linen else None
+        key = (
+            repr(name),
+            array,
+            row.layout,
+            row.count,
+            row.linen_axis,
+            row.nnx_axis,
+            row.certainty,
+        )
+        groups.setdefault(key, []).append(row)
+    return [part for group in groups.values() for part in _checked(group)]
+
+
+def _checked(group: list[Row]) -> list[list[Row]]:
+    """The group, if its numbers grow on both sides together; otherwise each row alone."""
+    alone = [[row] for row in group]
+    numbers = []
+    for paths in ([row.linen for row in group], [row.nnx for row in group]):
+        places = [[n for path in p for t in tokens(path) for n in t.numbers] for p in paths]
+        changing = {tuple(column) for column in zip(*places, strict=True) if len(set(column)) > 1}
+        if len(changing) != 1:
+            return alone
+        numbers.append(changing.pop())
+    order = sorted(range(len(group)), key=lambda i: numbers[0][i])
+    theirs = [numbers[1][i] for i in order]
+    if len(group) < 2 or theirs != sorted(set(theirs)):
+        return alone
+    return [[group[i] for i in order]]
+
+
+def _side(paths: Sequence[Path]) -> str:
     """Paths in one line: what they have in common, and in braces what they have not."""
     if len({len(path) for path in paths}) != 1:
         return ", ".join(map(path_text, paths))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnx_bridge.weights._plan import Plan
 
 # So many names, and so many lines, a message shows at most.
-_NAMES = 5
+_NAMES = 3
 _LINES = 40
 _PATHS = 8
 _COMPARED = 50
@@ -166,8 +166,8 @@ class _Candidates:
             return ""
         texts = {path_text(other.path): other for other in others}
         names = difflib.get_close_matches(path_text(leaf.path), texts, n=_NAMES, cutoff=0.0)
-        what = "of this shape nobody has" if same else "nobody has"
-        return f" ({what} {', '.join(f'{name} {texts[name]}' for name in names)})"
+        what = "of this shape, without a partner" if same else "without a partner"
+        return f" ({what}: {', '.join(f'{name} {texts[name]}' for name in names)})"
 
 
 def _ambiguous(group: Undecided) -> Problem:

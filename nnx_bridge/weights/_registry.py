@@ -99,6 +99,8 @@ def _lstm(shapes: Shapes) -> Iterable[Part]:
 
 
 def _gru(shapes: Shapes) -> Iterable[Part]:
+    if ("dense_h", "kernel") not in shapes:
+        return  # A subclass of another make.
     yield from _gates("i", "rzn", shapes)
     yield from _gates("h", "rzn", shapes)
     if ("hn_bias",) in shapes:

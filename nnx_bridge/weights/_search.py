@@ -174,7 +174,7 @@ class Search:
                 single = layout is not None
                 partner = theirs[j][0] if single else partners[canonical(slot.path)[-1:]]
                 new = layout(slot, partner) if layout is not None else None
-                why = f"{likeness[i, j]:.0%} alike"
+                why = f"{likeness[i, j]:.0%}"
                 self._pair(Pair(slot, partner, certainty, why, new or Copy()))
 
     def _certainty(self, likeness: float, rivals: bool) -> Certainty:

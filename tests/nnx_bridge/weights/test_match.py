@@ -207,8 +207,8 @@ def test_arrays_of_the_same_shape_and_quite_other_names_are_no_candidates() -> N
     model = Holder(token=nnx.Param(jnp.zeros((1, 4))))
     missing, extra = match(linen, model).problems
     assert missing.text.startswith(
-        "token: expected float32[1,4], nothing in Linen was found for it (of this shape nobody has "
-        "params/position float32[1,4])"
+        "token: expected float32[1,4], nothing in Linen was found for it (of this shape, "
+        "without a partner: params/position float32[1,4])"
     )
     assert extra.text.endswith("allow_extra=['params/position'] leaves it behind")
 
