@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,12 +48,16 @@ def assign(cost: np.ndarray) -> Assignment:
     # Exchanging the column of i for that of k: what it costs.
     change = square[:, columns] - square[rows, columns][:, None]
     pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if _may(square, i, j)]
+    free, groups = _ties(change)
     ambiguous = []
-    for group in _ties(change):
-        ours = [int(i) for i in group if i < n and square[i, columns[i]] < FORBIDDEN]
-        theirs = sorted({int(columns[i]) for i in group if columns[i] < m})
-        theirs = [j for j in theirs if square[group, j].min() < FORBIDDEN]
-        if ours and len(ours) + len(theirs) > 2:
+    for group in groups:
+        real = [i for i in group if i < n and columns[i] < m and _may(square, i, columns[i])]
+        # What stays alone could as well have had the partner of another.
+        left = [i for i in group if i < n and i not in real and free[i, real].any()]
+        over = [k for k in group if columns[k] < m and k not in real and free[real, k].any()]
+        ours = sorted(int(i) for i in (*real, *left))
+        theirs = sorted(int(columns[k]) for k in (*real, *over))
+        if real and len(ours) + len(theirs) > 2:
             ambiguous.append((ours, theirs))
     return Assignment(pairs, ambiguous)
 
@@ -63,8 +66,8 @@ def _may(square: np.ndarray, i: int, j: int) -> bool:
     return bool(square[i, j] < FORBIDDEN)
 
 
-def _ties(change: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows that can exchange their columns around a circle at hardly any cost.
+def _ties(change: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Exchanges that are free, and rows that can exchange their columns around a circle of them.
 
     The exchanges are a graph without negative circles, for the assignment is the cheapest. With the
     lengths of shortest paths as potentials no edge is negative, and the cheap circles are those of
@@ -77,8 +80,7 @@ def _ties(change: np.ndarray) -> Iterator[np.ndarray]:
             break
         potential = shorter
     free = change + potential[:, None] - potential[None, :] <= _TIE
-    count, labels = connected_components(free, directed=True, connection="strong")
+    _, labels = connected_components(free, directed=True, connection="strong")
     order = np.argsort(labels, kind="stable")
-    for group in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if count else ():
-        if len(group) > 1:
-            yield group
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return free, [group for group in groups if len(group) > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,14 @@ from flax import nnx
 from flax.core import meta
 
 from lifted._errors import describe, dtype_of
-from nnx_bridge._collections import Path, Variables, collection_name, flatten, linen_path
+from nnx_bridge._collections import (
+    Path,
+    Variables,
+    collection_name,
+    flatten,
+    linen_path,
+    variable_type,
+)
 from nnx_bridge.weights._arrays import holds_array
 from nnx_bridge.weights._layouts import Names
 
@@ -110,10 +117,11 @@ def _description(value: Any) -> tuple[tuple[int, ...] | None, str]:
     return tuple(np.shape(value)), str(dtype_of(value))
 
 
-def nnx_leaves(model: Any) -> tuple[list[Target], list[Path]]:
+def nnx_leaves(model: Any, collections: Collection[str] = ()) -> tuple[list[Target], list[Path]]:
     """The leaves of an NNX model, or of its state, and the paths of what is no weight.
 
-    A Variable that is at several paths has the first of them.
+    A Variable that is at several paths has the first of them. One whose type is derived from that
+    of one of Linen's `collections`, and has no collection of its own there, belongs to that one.
     """
     found, ignored = [], []
     for path, leaf in flat_state(model):
@@ -124,7 +132,9 @@ def nnx_leaves(model: Any) -> tuple[list[Target], list[Path]]:
         elif isinstance(leaf, nnx.RngState) or collection_name(type(leaf)) in NOT_WEIGHTS:
             ignored.append(path)
         else:
-            collection, *_, name = linen_path(path, leaf)
+            own, *_, name = linen_path(path, leaf)
+            derived = [c for c in collections if isinstance(leaf, variable_type(c))]
+            collection = own if own in collections or not derived else derived[0]
             shape, dtype = _description(leaf.get_value())
             names = leaf.get_metadata("out_sharding", None)
             names = None if names is None else tuple(names)

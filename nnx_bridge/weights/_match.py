@@ -76,7 +76,7 @@ def match(
     if not isinstance(model, nnx.Module | nnx.State):
         raise TypeError(f"expected an NNX module or its state, got {describe(model)}")
     ours = linen_leaves(variables)
-    theirs, ignored = nnx_leaves(model)
+    theirs, ignored = nnx_leaves(model, {leaf.collection for leaf in ours})
     classes = module_classes(model)
     rows, linen, nnx_ = _ruled(ours, theirs, classes, to_rules(rules))
     order = orders_of_use(calls, variables, model) if calls is not None else None

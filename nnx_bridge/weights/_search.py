@@ -34,10 +34,8 @@ _NUMBER_BESIDE_ORDER = 0.05
 _ORDER = 0.1
 # From this likeness on it is the names that speak for a pair.
 _ALIKE = 0.5
-_ADVICE = (
-    "equally good for all that is known: write a rule, or pass calls=(Linen's, NNX's) so that the "
-    "order of use decides"
-)
+_RULE = "equally good for all that is known: write a rule"
+_ADVICE = f"{_RULE}, or pass calls=(Linen's, NNX's) so that the order of use decides"
 
 Unit = list[Slot]  # What is assigned together: the arrays of a module, or a single one.
 
@@ -81,10 +79,12 @@ class Search:
         self._same_paths(canonical)
         self._collapse(stack_axis)
         self._same_paths(canonical)
-        self._assign(_modules, _module_kind, None)
+        self._assign(_modules, _shapes, None)
+        self._assign(_modules, _sizes, self._by_layout)
         self._assign(_singles, lambda unit: signature(unit[0]), _by_name)
         self._assign(_singles, _size, self._by_layout)
         self._different_shapes()
+        self._doubt_scattered()
         self._doubt_squares()
 
     def _same_paths(self, name: Callable[[Path], Hashable]) -> None:
@@ -139,9 +139,10 @@ class Search:
         theirs: list[Unit],
         layout: Callable[[Slot, Slot], Layout | None] | None,
     ) -> None:
+        leaf = all(len(unit) == 1 for unit in (*ours, *theirs))
         sides = (
-            words([_path(unit) for unit in ours], {}, leaf=layout is not None),
-            words([_path(unit) for unit in theirs], self._classes, leaf=layout is not None),
+            words([_path(unit) for unit in ours], {}, leaf=leaf),
+            words([_path(unit) for unit in theirs], self._classes, leaf=leaf),
         )
         # Linen numbers its layers as they are made. How they are used says more, where it is known.
         number = _NUMBER if self._orders is None else _NUMBER_BESIDE_ORDER
@@ -153,29 +154,29 @@ class Search:
             distance = np.abs(np.subtract.outer(first, second))
             cost += _ORDER * ((distance > 0) + distance / max(cost.shape))
         if layout is not None:
-            fits = [[layout(a, b) is not None for (b,) in theirs] for (a,) in ours]
+            fits = [
+                [all(layout(x, y) is not None for x, y in _partners(a, b)) for b in theirs]
+                for a in ours
+            ]
             cost[~np.array(fits)] = FORBIDDEN
         result = assign(cost)
-        open_ours = {i for group, _ in result.ambiguous for i in group}
         for rows, columns in result.ambiguous:
             linen = [slot for i in rows for slot in ours[i]]
             nnx = [slot for j in columns for slot in theirs[j]]
-            self._undecide(linen, nnx, _ADVICE)
+            self._undecide(linen, nnx, _RULE if self._orders else _ADVICE)
             for slot in linen:
                 del self._linen[slot]
             for slot in nnx:
                 del self._nnx[slot]
+        undecided = {i for group, _ in result.ambiguous for i in group}
         for i, j in result.pairs:
-            if i in open_ours:
+            if i in undecided:
                 continue
             certainty = self._certainty(float(likeness[i, j]), bool(rivals[i, j]))
-            partners = {canonical(slot.path)[-1:]: slot for slot in theirs[j]}
-            for slot in ours[i]:
-                single = layout is not None
-                partner = theirs[j][0] if single else partners[canonical(slot.path)[-1:]]
-                new = layout(slot, partner) if layout is not None else None
-                why = f"{likeness[i, j]:.0%}"
-                self._pair(Pair(slot, partner, certainty, why, new or Copy()))
+            for slot, partner in _partners(ours[i], theirs[j]):
+                how = layout(slot, partner) if layout is not None else None
+                pair = Pair(slot, partner, certainty, f"{likeness[i, j]:.0%}", how or Copy())
+                self._pair(pair)
 
     def _certainty(self, likeness: float, rivals: bool) -> Certainty:
         """What speaks for a pair, of which the names are alike, and those of others as much."""
@@ -198,9 +199,11 @@ class Search:
         """How one array becomes another of a different shape, if the shapes leave no doubt."""
         simple = isinstance(theirs.sources[0][0].part.layout, Copy)
         if not simple or ours.axis is not None or theirs.axis is not None:
-            return None
+            return Copy() if ours.shape == theirs.shape else None
         if ours.shape is None or theirs.shape is None or _by_name(ours, theirs) is None:
             return None
+        if ours.shape == theirs.shape:
+            return Copy()
         if _merged(ours.shape, theirs.shape) or _merged(theirs.shape, ours.shape):
             return Reshape(ours.shape, theirs.shape)
         if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and not self._of_flax(theirs):
@@ -219,6 +222,25 @@ class Search:
             partner = partners.pop((slot.collection, canonical(slot.path)), None)
             if partner is not None:
                 self._pair(Pair(slot, partner, Certainty.EQUAL))
+
+    def _doubt_scattered(self) -> None:
+        """Takes single arrays back that tie modules together crosswise.
+
+        The kernel of one layer must not go where the bias of another goes, only because of its
+        shape.
+        """
+        guessed = [p for p in self.pairs if p.certainty not in (Certainty.RULE, Certainty.EQUAL)]
+        targets, origins = defaultdict(set), defaultdict(set)
+        for pair in guessed:
+            ours, theirs = _module(pair.linen), _module(pair.nnx)
+            targets[ours].add(theirs)
+            origins[theirs].add(ours)
+        for pair in guessed:
+            ours, theirs = _module(pair.linen), _module(pair.nnx)
+            if len(targets[ours]) > 1 and len(origins[theirs]) > 1:
+                self.pairs.remove(pair)
+                why = "by their shapes they belong together, by those beside them not: write a rule"
+                self._undecide([pair.linen], [pair.nnx], why)
 
     def _doubt_squares(self) -> None:
         """Takes square arrays of classes back of which other arrays were transposed."""
@@ -267,13 +289,34 @@ def _modules(slots: Iterable[Slot]) -> list[Unit]:
     """The arrays of each module together."""
     modules: dict[Hashable, Unit] = defaultdict(list)
     for slot in slots:
-        modules[slot.zone, canonical(slot.path)[:-1]].append(slot)
+        modules[slot.zone, _module(slot)].append(slot)
     return list(modules.values())
 
 
-def _module_kind(unit: Unit) -> Hashable:
-    """What modules have in common that may be each other's partners."""
+def _module(slot: Slot) -> Hashable:
+    return canonical(slot.path)[:-1]
+
+
+def _partners(ours: Unit, theirs: Unit) -> list[tuple[Slot, Slot]]:
+    """The arrays of two modules by their names; of single arrays these two."""
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    named = {(slot.collection, canonical(slot.path)[-1:]): slot for slot in theirs}
+    return [(slot, named[slot.collection, canonical(slot.path)[-1:]]) for slot in ours]
+
+
+def _shapes(unit: Unit) -> Hashable:
+    """What modules have in common whose arrays can be each other's: names and shapes."""
     names = ((slot.collection, canonical(slot.path)[-1:], slot.shape) for slot in unit)
+    return unit[0].zone, frozenset(names)
+
+
+def _sizes(unit: Unit) -> Hashable:
+    """The same of modules whose arrays may lie differently."""
+    names = (
+        (slot.collection, canonical(slot.path)[-1:], slot.shape and math.prod(slot.shape))
+        for slot in unit
+    )
     return unit[0].zone, frozenset(names)
 
 

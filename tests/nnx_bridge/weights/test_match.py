@@ -176,6 +176,36 @@ def test_a_square_kernel_beside_transposed_ones_is_not_taken_silently() -> None:
         assert not match(linen, model, [("Dense_1/kernel", "fc2/kernel", layout)]).problems
 
 
+def test_kernels_that_lie_transposed_do_not_go_where_others_have_their_shape() -> None:
+    # An autoencoder: the first kernel has the shape of the second one transposed.
+    shapes = {"params/Dense_0/kernel": (3, 4), "params/Dense_0/bias": (4,)}
+    linen = variables({**shapes, "params/Dense_1/kernel": (4, 3), "params/Dense_1/bias": (3,)})
+    assert partners(match(linen, Holder(out=Linear(4, 3), into=Linear(3, 4)))) == {
+        "params/Dense_0/kernel": "into/kernel (transpose (1, 0))",
+        "params/Dense_0/bias": "into/bias",
+        "params/Dense_1/kernel": "out/kernel (transpose (1, 0))",
+        "params/Dense_1/bias": "out/bias",
+    }
+
+
+def test_arrays_that_tie_modules_together_crosswise_are_not_taken() -> None:
+    shapes = {"params/A/kernel": (3, 4), "params/A/bias": (4,)}
+    linen = variables({**shapes, "params/B/kernel": (4, 5), "params/B/bias": (5,)})
+    one = Holder(kernel=nnx.Param(jnp.zeros((4, 5))), bias=nnx.Param(jnp.zeros(4)))
+    other = Holder(kernel=nnx.Param(jnp.zeros((3, 4))), bias=nnx.Param(jnp.zeros(5)))
+    problems = match(linen, Holder(one=one, other=other)).problems
+    assert problems
+    assert all("by those beside them not: write a rule" in p.text for p in problems)
+
+
+def test_a_variable_type_derived_from_that_of_the_collection_belongs_to_it() -> None:
+    class Weight(nnx.Param[Any]):
+        pass
+
+    linen = variables({"params/w": (3,)})
+    assert not match(linen, Holder(w=Weight(jnp.zeros(3)))).problems
+
+
 def test_a_layer_of_flax_is_never_transposed() -> None:
     linen = variables({"params/fc/kernel": (4, 3)})
     (problem,) = match(linen, Holder(fc=dense(3, 4, use_bias=False))).problems

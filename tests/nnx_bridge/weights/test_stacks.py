@@ -198,6 +198,14 @@ def test_the_names_of_a_list_get_an_unnamed_axis_in_a_stack() -> None:
     assert_trees_equal(plan.to_linen(model), weights)
 
 
+def test_a_model_with_names_of_its_own_keeps_them() -> None:
+    weights = {"params": {"w": nn.Partitioned(normal(4, 4), ("embed", "mlp"))}}
+    model = Holder(w=_named("data", "model"))
+    plan = load(model, weights, axis_names=True)
+    assert model.w.out_sharding == ("data", "model")
+    assert_trees_equal(plan.to_linen(model), weights)
+
+
 def test_axes_that_are_named_in_another_order_are_an_error() -> None:
     weights = {"params": {"w": nn.Partitioned(normal(4, 4), ("embed", "mlp"))}}
     model = Holder(w=_named("mlp", "embed"))
