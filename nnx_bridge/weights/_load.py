@@ -13,7 +13,6 @@ from flax import nnx
 from lifted._errors import describe, path_text
 from lifted._trees import structure
 from nnx_bridge._collections import Path, Variables
-from nnx_bridge.weights._arrays import holds_array
 from nnx_bridge.weights._leaves import flat_state, linen_leaves, nnx_leaves
 from nnx_bridge.weights._match import match
 from nnx_bridge.weights._order import Calls
@@ -124,7 +123,8 @@ def _filled(
             continue
         value = _at(values, path)
         held = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        if holds_array(value):
+        # A number of Python stays one.
+        if hasattr(value, "dtype"):
             if str(value.dtype) != targets[path].dtype:  # Allowed by name, or it was a problem.
                 value = cast_to(value, targets[path].dtype)
             value = _placed(value, held)

@@ -109,7 +109,7 @@ class Plan:
           boxed: Puts values into the metadata boxes that the Linen variables had.
 
         Returns:
-          Linen variables.
+          Linen variables; without what `allow_extra` has left behind.
 
         Raises:
           WeightsError: The plan has problems, or the tree does not have its structure.

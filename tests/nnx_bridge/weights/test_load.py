@@ -209,6 +209,13 @@ def test_shared_variables_are_filled_once() -> None:
     assert_trees_equal(model.b.kernel[...], WEIGHTS["params"]["Dense_0"]["kernel"])
 
 
+def test_numbers_of_python_and_none_stay_what_they_are() -> None:
+    model = Holder(a=nnx.Param(1.0), b=nnx.Param(None))
+    plan = load(model, {"params": {"a": 2.0, "b": None}})
+    assert plan.to_linen(model) == {"params": {"a": 2.0, "b": None}}
+    assert type(model.a.get_value()) is float
+
+
 def test_a_host_is_filled() -> None:
     model = Host(LINEN, jax.tree.map(jnp.zeros_like, WEIGHTS))
     load(model, WEIGHTS)
