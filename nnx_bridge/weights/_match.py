@@ -111,9 +111,12 @@ def _ruled(
 ) -> tuple[list[Row], list[Slot], list[Slot]]:
     """The rows that rules make, and the remaining slots of both sides under the names that rules
     give them."""
-    known = {v for t in theirs for i in range(len(t.path) + 1) for v in _names(t.path[:i])}
-    free_linen = {path_text(leaf.path): leaf for leaf in ours}
-    free_nnx = {path_text(target.path): target for target in theirs}
+    paths = [target.path for target in theirs] if rules else []
+    known = {name for p in paths for i in range(len(p) + 1) for name in _names(p[:i])}
+    # What rules have not taken yet, by the text of its path.
+    free_linen = {path_text(leaf.path): leaf.path for leaf in ours}
+    free_nnx = {path_text(target.path): target.path for target in theirs}
+    taken: set[tuple[str, Path]] = set()
     rows: list[Row] = []
     targets: dict[Path, tuple[Path, Path]] = {}
     for leaf in ours:
@@ -129,16 +132,26 @@ def _ruled(
                 )
             if rule.layout is None:
                 targets[leaf.path] = found
-            elif path_text(leaf.path) in free_linen:
-                rows.append(_row_of_rule(rule, rule.layout, leaf, found, free_linen, free_nnx))
+            elif ("Linen", leaf.path) not in taken:
+                text = path_text((*found[0], *found[1]))
+                row = _row_of_rule(rule, rule.layout, leaf.path, text, free_linen, free_nnx)
+                rows.append(row)
+                taken.update(("Linen", path) for path in row.linen)
+                taken.update(("NNX", path) for path in row.nnx)
+                for path in row.linen:
+                    free_linen.pop(path_text(path), None)
+                del free_nnx[text]
             break
     zones = {target: _zone(target, known) for target, _ in targets.values()}
     linen = []
-    for leaf in free_linen.values():
+    for leaf in ours:
+        if ("Linen", leaf.path) in taken:
+            continue
         target, below = targets.get(leaf.path, (None, ()))
-        path = None if target is None else (*target, *below)
-        linen.append(linen_slot(leaf, path, zones[target] if target else None))
-    nnx = nnx_slots(list(free_nnx.values()), classes, [slot.path for slot in linen])
+        renamed = None if target is None else (*target, *below)
+        linen.append(linen_slot(leaf, renamed, zones[target] if target else None))
+    free = [target for target in theirs if ("NNX", target.path) not in taken]
+    nnx = nnx_slots(free, classes, [slot.path for slot in linen])
     used = set(zones.values())
     return rows, linen, [_in_zone(slot, used) for slot in nnx]
 
@@ -156,24 +169,23 @@ def _zone(target: Path, known: set[Any]) -> Any:
 def _row_of_rule(
     rule: Rule,
     layout: Layout,
-    leaf: Leaf,
-    found: tuple[Path, Path],
-    free_linen: dict[str, Leaf],
-    free_nnx: dict[str, Target],
+    path: Path,
+    target: str,
+    free_linen: Mapping[str, Path],
+    free_nnx: Mapping[str, Path],
 ) -> Row:
     """The row of a rule that says itself how the arrays lie."""
-    target = path_text((*found[0], *found[1]))
-    paths = rule.siblings(leaf.path) or (path_text(leaf.path),)
-    what = f"a rule makes {' + '.join(paths)} {target}"
-    for path in paths:
-        if path not in free_linen:
-            near = nearest((path,), [free.path for free in free_linen.values()])
-            raise WeightsError(f"{what}, but Linen has no {path} that is free{near}")
+    texts = rule.siblings(path)
+    what = f"a rule makes {' + '.join(texts or [path_text(path)])} {target}"
+    for text in texts or ():
+        if text not in free_linen:
+            near = nearest((text,), free_linen.values())
+            raise WeightsError(f"{what}, but Linen has no {text} that is free{near}")
     if target not in free_nnx:
-        near = nearest((target,), [free.path for free in free_nnx.values()])
+        near = nearest((target,), free_nnx.values())
         raise WeightsError(f"{what}, but the model has no array there that is free{near}")
-    linen = tuple(free_linen.pop(path).path for path in paths)
-    return Row(linen, (free_nnx.pop(target).path,), layout, why="with its layout")
+    linen = tuple(free_linen[text] for text in texts) if texts else (path,)
+    return Row(linen, (free_nnx[target],), layout, why="with its layout")
 
 
 def _in_zone(slot: Slot, zones: set[Any]) -> Slot:

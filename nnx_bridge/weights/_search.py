@@ -34,6 +34,8 @@ _NUMBER_BESIDE_ORDER = 0.05
 _ORDER = 0.1
 # From this likeness on it is the names that speak for a pair.
 _ALIKE = 0.5
+# Packages whose layers keep their arrays as Linen's do.
+_KNOWN = ("flax", "nnx_bridge", "layers")
 _RULE = "equally good for all that is known: write a rule"
 _ADVICE = f"{_RULE}, or pass calls=(Linen's, NNX's) so that the order of use decides"
 
@@ -206,14 +208,14 @@ class Search:
             return Copy()
         if _merged(ours.shape, theirs.shape) or _merged(theirs.shape, ours.shape):
             return Reshape(ours.shape, theirs.shape)
-        if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and not self._of_flax(theirs):
+        if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and self._of_user(theirs):
             return Transpose()
         return None
 
-    def _of_flax(self, slot: Slot) -> bool:
-        """Whether an array is in a layer of Flax, whose layout is known."""
+    def _of_user(self, slot: Slot) -> bool:
+        """Whether an array is in a layer whose layout is not known, as that of Flax's layers is."""
         cls = self._classes.get(slot.path[:-1])
-        return cls is not None and cls.__module__.startswith("flax.")
+        return cls is not None and cls.__module__.partition(".")[0] not in _KNOWN
 
     def _different_shapes(self) -> None:
         """Pairs what has the same path though not the same shape, so that the error shows both."""

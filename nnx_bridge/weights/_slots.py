@@ -98,7 +98,8 @@ def _chosen(
     choices: Sequence[Parts], inside: Mapping[Path, Target], linen: set[Path]
 ) -> list[Part]:
     """The parts of the first choice whose arrays Linen has somewhere, together."""
-    shapes = {path: target.abstract for path, target in inside.items()}
+    numbers = {p: t for p, t in inside.items() if t.shape is not None and t.dtype[:4] != "key<"}
+    shapes = {path: target.abstract for path, target in numbers.items()}
     expansions = [list(parts(shapes)) for parts in choices]
     for parts in expansions:
         if _somewhere([path for part in parts for path in part.linen], linen):

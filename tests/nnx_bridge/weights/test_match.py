@@ -215,6 +215,27 @@ def test_a_layer_of_flax_is_never_transposed() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        nnx.state(dense(3, 4, use_bias=False)),
+        Host(nn.Dense(4, use_bias=False), {"params": {"kernel": jnp.zeros((3, 4))}}),
+    ],
+    ids=["state", "host"],
+)
+def test_what_lies_as_in_linen_or_nobody_knows_how_is_never_transposed(model: Any) -> None:
+    (problem,) = match(variables({"params/kernel": (4, 3)}), model).problems
+    assert "expected float32[3,4], came float32[4,3]" in problem.text
+
+
+def test_a_key_with_slashes_is_not_taken_for_a_path() -> None:
+    # `nn.WeightNorm` makes such keys, beside the tree of the layer that it is about.
+    linen = {"params": {"a/w": jnp.zeros(3), "a": {"w": jnp.ones(3)}}}
+    plan = match(linen, to_state(linen))
+    assert not plan.problems
+    assert_trees_equal(plan.to_linen(plan.to_nnx(linen)), linen)
+
+
 def test_heads_are_merged_and_taken_apart() -> None:
     x = normal(2, 5, 6)
     attention = nn.MultiHeadDotProductAttention(2, qkv_features=4)
