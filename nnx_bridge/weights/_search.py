@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 
@@ -23,9 +22,24 @@ from nnx_bridge.weights._order import Orders
 from nnx_bridge.weights._paths import canonical, leaf_name
 from nnx_bridge.weights._problems import Undecided
 from nnx_bridge.weights._row import Certainty
-from nnx_bridge.weights._similarity import alike, similarities, words
+from nnx_bridge.weights._similarity import similarities, words
 from nnx_bridge.weights._slots import Slot
 from nnx_bridge.weights._stacks import UnknownAxis, collapse, signature
+from nnx_bridge.weights._units import (
+    Unit,
+    by_kind,
+    by_name,
+    by_shapes,
+    by_size,
+    by_sizes,
+    is_merged,
+    leaf_paths,
+    module_of,
+    modules,
+    partners,
+    path_of,
+    singles,
+)
 
 # How much numbers count beside the names before them.
 _NUMBER = 0.5
@@ -38,8 +52,6 @@ _ALIKE = 0.5
 _KNOWN = ("flax", "nnx_bridge", "layers")
 _RULE = "equally good for all that is known: write a rule"
 _ADVICE = f"{_RULE}, or pass calls=(Linen's, NNX's) so that the order of use decides"
-
-Unit = list[Slot]  # What is assigned together: the arrays of a module, or a single one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +93,10 @@ class Search:
         self._same_paths(canonical)
         self._collapse(stack_axis)
         self._same_paths(canonical)
-        self._assign(_modules, _shapes, None)
-        self._assign(_modules, _sizes, self._by_layout)
-        self._assign(_singles, lambda unit: signature(unit[0]), _by_name)
-        self._assign(_singles, _size, self._by_layout)
+        self._assign(modules, by_shapes, None)
+        self._assign(modules, by_sizes, self._by_layout)
+        self._assign(singles, lambda unit: signature(unit[0]), by_name)
+        self._assign(singles, by_size, self._by_layout)
         self._different_shapes()
         self._doubt_scattered()
         self._doubt_squares()
@@ -130,7 +142,7 @@ class Search:
         layout: Callable[[Slot, Slot], Layout | None] | None,
     ) -> None:
         """Assigns units of one kind to each other."""
-        ours, theirs = _by_kind(units_of(self._linen), kind), _by_kind(units_of(self._nnx), kind)
+        ours, theirs = by_kind(units_of(self._linen), kind), by_kind(units_of(self._nnx), kind)
         for key in ours:
             if key in theirs:
                 self._assign_block(ours[key], theirs[key], layout)
@@ -143,8 +155,8 @@ class Search:
     ) -> None:
         leaf = all(len(unit) == 1 for unit in (*ours, *theirs))
         sides = (
-            words([_path(unit) for unit in ours], {}, leaf=leaf),
-            words([_path(unit) for unit in theirs], self._classes, leaf=leaf),
+            words([path_of(unit) for unit in ours], {}, leaf=leaf),
+            words([path_of(unit) for unit in theirs], self._classes, leaf=leaf),
         )
         # Linen numbers its layers as they are made. How they are used says more, where it is known.
         number = _NUMBER if self._orders is None else _NUMBER_BESIDE_ORDER
@@ -157,7 +169,7 @@ class Search:
             cost += _ORDER * ((distance > 0) + distance / max(cost.shape))
         if layout is not None:
             fits = [
-                [all(layout(x, y) is not None for x, y in _partners(a, b)) for b in theirs]
+                [all(layout(x, y) is not None for x, y in partners(a, b)) for b in theirs]
                 for a in ours
             ]
             cost[~np.array(fits)] = FORBIDDEN
@@ -175,7 +187,7 @@ class Search:
             if i in undecided:
                 continue
             certainty = self._certainty(float(likeness[i, j]), bool(rivals[i, j]))
-            for slot, partner in _partners(ours[i], theirs[j]):
+            for slot, partner in partners(ours[i], theirs[j]):
                 how = layout(slot, partner) if layout is not None else None
                 pair = Pair(slot, partner, certainty, f"{likeness[i, j]:.0%}", how or Copy())
                 self._pair(pair)
@@ -191,7 +203,7 @@ class Search:
         assert self._orders is not None
         order = self._orders[side]
         firsts = [
-            min(order.get(path, math.inf) for slot in unit for path in _leaf_paths(slot))
+            min(order.get(path, math.inf) for slot in unit for path in leaf_paths(slot))
             for unit in units
         ]
         ranks = {first: i for i, first in enumerate(sorted(set(firsts)))}
@@ -202,11 +214,11 @@ class Search:
         simple = isinstance(theirs.sources[0][0].part.layout, Copy)
         if not simple or ours.axis is not None or theirs.axis is not None:
             return Copy() if ours.shape == theirs.shape else None
-        if ours.shape is None or theirs.shape is None or _by_name(ours, theirs) is None:
+        if ours.shape is None or theirs.shape is None or by_name(ours, theirs) is None:
             return None
         if ours.shape == theirs.shape:
             return Copy()
-        if _merged(ours.shape, theirs.shape) or _merged(theirs.shape, ours.shape):
+        if is_merged(ours.shape, theirs.shape) or is_merged(theirs.shape, ours.shape):
             return Reshape(ours.shape, theirs.shape)
         if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and self._of_user(theirs):
             return Transpose()
@@ -234,11 +246,11 @@ class Search:
         guessed = [p for p in self.pairs if p.certainty not in (Certainty.RULE, Certainty.EQUAL)]
         targets, origins = defaultdict(set), defaultdict(set)
         for pair in guessed:
-            ours, theirs = _module(pair.linen), _module(pair.nnx)
+            ours, theirs = module_of(pair.linen), module_of(pair.nnx)
             targets[ours].add(theirs)
             origins[theirs].add(ours)
         for pair in guessed:
-            ours, theirs = _module(pair.linen), _module(pair.nnx)
+            ours, theirs = module_of(pair.linen), module_of(pair.nnx)
             if len(targets[ours]) > 1 and len(origins[theirs]) > 1:
                 self.pairs.remove(pair)
                 why = "by their shapes they belong together, by those beside them not: write a rule"
@@ -281,77 +293,3 @@ def _rivals(likeness: np.ndarray) -> np.ndarray:
     as_good = [likeness.max(axis=axis, keepdims=True) - likeness for axis in (0, 1)]
     several = [(gap <= 0).sum(axis=axis, keepdims=True) > 1 for axis, gap in enumerate(as_good)]
     return (several[0] & (as_good[0] <= 0)) | (several[1] & (as_good[1] <= 0))
-
-
-def _path(unit: Unit) -> Path:
-    return unit[0].origin or unit[0].path
-
-
-def _modules(slots: Iterable[Slot]) -> list[Unit]:
-    """The arrays of each module together."""
-    modules: dict[Hashable, Unit] = defaultdict(list)
-    for slot in slots:
-        modules[slot.zone, _module(slot)].append(slot)
-    return list(modules.values())
-
-
-def _module(slot: Slot) -> Hashable:
-    return canonical(slot.path)[:-1]
-
-
-def _partners(ours: Unit, theirs: Unit) -> list[tuple[Slot, Slot]]:
-    """The arrays of two modules by their names; of single arrays these two."""
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
-    named = {(slot.collection, canonical(slot.path)[-1:]): slot for slot in theirs}
-    return [(slot, named[slot.collection, canonical(slot.path)[-1:]]) for slot in ours]
-
-
-def _shapes(unit: Unit) -> Hashable:
-    """What modules have in common whose arrays can be each other's: names and shapes."""
-    names = ((slot.collection, canonical(slot.path)[-1:], slot.shape) for slot in unit)
-    return unit[0].zone, frozenset(names)
-
-
-def _sizes(unit: Unit) -> Hashable:
-    """The same of modules whose arrays may lie differently."""
-    names = (
-        (slot.collection, canonical(slot.path)[-1:], slot.shape and math.prod(slot.shape))
-        for slot in unit
-    )
-    return unit[0].zone, frozenset(names)
-
-
-def _singles(slots: Iterable[Slot]) -> list[Unit]:
-    return [[slot] for slot in slots]
-
-
-def _size(unit: Unit) -> Hashable:
-    (slot,) = unit
-    return slot.zone, slot.collection, slot.shape and math.prod(slot.shape)
-
-
-def _by_kind(units: list[Unit], kind: Callable[[Unit], Hashable]) -> dict[Hashable, list[Unit]]:
-    kinds: dict[Hashable, list[Unit]] = defaultdict(list)
-    for unit in units:
-        kinds[kind(unit)].append(unit)
-    return kinds
-
-
-def _by_name(ours: Slot, theirs: Slot) -> Layout | None:
-    """A copy, where the names of two arrays do not speak against it."""
-    likeness = alike(leaf_name(ours.path[-1]), leaf_name(theirs.path[-1]))
-    return Copy() if likeness > 0 else None
-
-
-def _merged(shape: Sequence[int], into: Sequence[int]) -> bool:
-    """Whether `into` is `shape` with neighbouring axes merged."""
-    ends = {math.prod(shape[:i]) for i in range(len(shape) + 1)}
-    return len(into) < len(shape) and all(math.prod(into[:i]) in ends for i in range(len(into) + 1))
-
-
-def _leaf_paths(slot: Slot) -> list[Any]:
-    paths = []
-    for source in slot.sources:
-        paths += [t.path for t in source[0].targets] if isinstance(source, tuple) else [source.path]
-    return paths
