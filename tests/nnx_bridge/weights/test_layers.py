@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from nnx_bridge import WeightsError, load, match
+from nnx_bridge import WeightsError, compat, load, match
 from nnx_bridge.weights._leaves import nnx_values
 from tests.helpers import KEY, assert_trees_close, assert_trees_equal, normal, randomized
 
@@ -179,6 +179,16 @@ def test_a_gru_whose_hidden_bias_is_not_zero_is_refused() -> None:
     with pytest.raises(WeightsError, match=r"hn/bias -> nothing: expected zeros.*GRUCell of nnx"):
         load(model, variables)
     assert_trees_equal(nnx.state(model, nnx.Param), nnx.state(before, nnx.Param))
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "OptimizedLSTMCell", "SimpleCell"])
+def test_a_cell_with_linens_parameters_takes_them_all(name: str) -> None:
+    cell = getattr(compat, name)
+    model = nnx.RNN(cell(8, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    variables = _variables(name)
+    plan = load(model, variables)
+    assert_trees_close(model(SEQUENCE), PAIRS[name].linen.apply(variables, SEQUENCE))
+    assert_trees_equal(plan.to_linen(model), variables)
 
 
 def test_a_gru_that_has_the_hidden_bias_takes_it() -> None:
