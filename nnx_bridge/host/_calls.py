@@ -19,13 +19,14 @@ from flax.core.scope import CollectionFilter, LazyRng, Scope, in_filter, union_f
 from lifted._errors import path_text
 from nnx_bridge._collections import Path, Variables
 from nnx_bridge.host._captures import called_modules, deposit, recorded
-from nnx_bridge.host._layout import bind
+from nnx_bridge.host._checks import explain
+from nnx_bridge.host._layout import bind, given_module
 from nnx_bridge.host._modes import find_mode, given
 from nnx_bridge.host._program import Place, Program
 from nnx_bridge.host._replacement import (
     Replacement,
-    no_replaced_scope,
-    replaced_scope,
+    no_replaced_module,
+    replaced_module,
     replacing,
 )
 from nnx_bridge.host._tree import Contents, Level, contents, find, slots, write
@@ -54,27 +55,32 @@ def call(top: Level, node: Level, asked: Call) -> Any:
       asked: the call.
     """
     place: Place = slots(node)["_linen"]
-    scope = replaced_scope()
+    outer = replaced_module()
     rngs = slots(top).get("_linen_rngs") if asked.rngs is None else asked.rngs
-    with no_replaced_scope(), _drawn(rngs) as keys:
-        if not place.path and (scope is None or keys is not None):
+    with no_replaced_module(), _drawn(rngs) as keys:
+        if not place.path and (outer is None or keys is not None):
             return _call_root(node, place.program, asked, keys)
-        return _call_below(top, node, asked, keys, scope)
+        return _call_below(top, node, asked, keys, outer)
 
 
 def _call_root(root: Level, program: Program, asked: Call, keys: Keys | None) -> Any:
     frame = Frame(root, ())
     module, kwargs = _in_mode(program.module, root, asked)
     changeable = program.mutable_collections(asked.mutable, frame.variables)
-    with _around(program, [frame]):
-        result = module.apply(
-            frame.variables,
-            *asked.args,
-            rngs=keys,
-            method=asked.method,
-            mutable=frame.mutable(changeable),
-            **kwargs,
-        )
+    try:
+        with _around(program, [frame]):
+            result = module.apply(
+                frame.variables,
+                *asked.args,
+                rngs=keys,
+                method=asked.method,
+                mutable=frame.mutable(changeable),
+                **kwargs,
+            )
+    except Exception as error:
+        native = frozenset(frame.replacements)
+        explain(error, module, frame.variables, asked.args, kwargs, asked.method, native)
+        raise
     if frame.mutable(changeable) is False:
         return result
     output, updates = result
@@ -83,13 +89,17 @@ def _call_root(root: Level, program: Program, asked: Call, keys: Keys | None) ->
 
 
 def _call_below(
-    top: Level, node: Level, asked: Call, keys: Keys | None, outer: Scope | None
+    top: Level, node: Level, asked: Call, keys: Keys | None, replaced: nn.Module | None
 ) -> Any:
     place: Place = slots(node)["_linen"]
     program = place.program
     opened: dict[Path, _Opened] = {}
+    outer = None if replaced is None else replaced.scope
 
     def module_at(path: Path) -> nn.Module:
+        given = None if replaced is None else given_module(replaced, path)
+        if given is not None:
+            return given
         if path not in opened:
             level = node if path == place.path else _outside(top, place, path)
             unbound = _unbound(place, path)
@@ -254,7 +264,8 @@ def _in_mode(module: nn.Module, node: Level, asked: Call) -> tuple[nn.Module, di
     mode = find_mode(module, method, chosen, given(method, asked.args, asked.kwargs))
     values = mode.values(training)
     if values.fields:
-        module = module.clone(**values.fields)
+        fields: dict[str, Any] = dict(values.fields)
+        module = module.clone(**fields)
     return module, {**asked.kwargs, **values.arguments}
 
 

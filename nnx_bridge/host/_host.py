@@ -17,6 +17,7 @@ from flax.core.scope import CollectionFilter
 
 from nnx_bridge._collections import Variables
 from nnx_bridge.host._calls import Keys, Method, draw
+from nnx_bridge.host._checks import differences, not_finite
 from nnx_bridge.host._layout import Layout
 from nnx_bridge.host._node import Node, node_type
 from nnx_bridge.host._program import Place, Program, default_mutable
@@ -27,12 +28,12 @@ __all__ = [
     "Keys",
     "Method",
     "check_linen_module",
+    "check_variables",
     "default_mutable",
-    "unhost",
 ]
 
 
-class Host(Node):
+class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx.Module.
     """Runs a Linen module, with its variables as a tree of NNX modules and Variables.
 
     It is an `nnx.Module`: `nnx.split`, `nnx.state`, `nnx.jit`, `nnx.grad`, `nnx.Optimizer` and
@@ -68,7 +69,7 @@ class Host(Node):
 
     def __new__(cls, module: nn.Module | None = None, *args: Any, **kwargs: Any) -> Host:
         """An instance of the subclass that is called like the Linen class."""
-        if cls.base is None:
+        if cls._base is None:
             return object.__new__(node_type(type(check_linen_module(module)), cls))
         return object.__new__(cls)  # A copy.
 
@@ -164,13 +165,33 @@ def check_linen_module(module: Any) -> nn.Module:
     )
 
 
-def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
-    """The Linen module of a host and its variables as they are now: the inverse of `Host`.
+def check_variables(
+    model: Host, *args: Any, method: Method = None, finite: bool = True, **kwargs: Any
+) -> None:
+    """Checks that a host holds the variables of its module, and that they are finite.
+
+    Use it after loading weights. A call checks what it needs by itself, but not what is there
+    without need, nor values.
+
+    Args:
+      model: The host.
+      *args: Sample inputs, as for `Host.init`.
+      method: The method that they are for.
+      finite: Whether NaNs and infinities are errors.
+      **kwargs: Sample inputs by keyword.
+
+    Raises:
+      ValueError: Variables are missing, belong to another module, have another shape, or are not
+        finite; each is named.
 
     Example:
-        >>> x = jax.numpy.ones((2, 4))
-        >>> module, variables = unhost(Host.init(nn.Dense(3), jax.random.key(0), x))
-        >>> module.apply(variables, x).shape
-        (2, 3)
+        >>> module, x = nn.Dense(3), jax.numpy.ones((2, 4))
+        >>> check_variables(Host.init(module, jax.random.key(0), x), x)
     """
-    return slots(model)["_linen"].program.module, contents(model).read()
+    found = contents(model)
+    variables, module = found.read(), slots(model)["_linen"].program.module
+    native = frozenset(found.replacements)
+    lines = differences(module, variables, args, kwargs, method, native)
+    lines += not_finite(variables) if finite else []
+    if lines:
+        raise ValueError("\n".join([f"the variables of {type(module).__name__}:", *lines]))

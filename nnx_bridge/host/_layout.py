@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from lifted._errors import path_text
 from nnx_bridge._collections import Path
 
 Shapes = tuple[tuple[str, Any], ...]
@@ -29,6 +30,9 @@ class Reference:
     """Stands in the field of a module for another module of the model."""
 
     path: Path
+
+    def __repr__(self) -> str:
+        return f"<the module {path_text(self.path)}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,23 @@ def bind(module: nn.Module, scope: Any, resolve: Callable[[Path], nn.Module]) ->
         return made[id(value)]
 
     fields = {name: _map_modules(value, fresh) for name, value in _fields(module)}
-    return module.clone(parent=scope, **fields)
+    # Linen adopts modules without a name: one that was given to others would move to them.
+    return module.clone(parent=scope, name=scope.name, **fields)
+
+
+def given_module(module: nn.Module, path: Path) -> nn.Module | None:
+    """The module at ``path`` that a bound module was given from outside; None where it was not."""
+    own = path_of(module) or ()
+    if path[: len(own)] == own:
+        return None
+    waiting = [module]
+    while waiting:
+        values = [value for _, value in _fields(waiting.pop())]
+        for inner in filter(_is_module, jax.tree.leaves(values, is_leaf=_is_module)):
+            if path_of(inner) == path:
+                return inner
+            waiting.append(inner)
+    return None
 
 
 class _TemporaryError(Exception):

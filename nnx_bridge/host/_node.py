@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from flax import linen as nn
 from flax import nnx
@@ -28,9 +28,6 @@ _reached: weakref.WeakKeyDictionary[Level, weakref.ref[Level]] = weakref.WeakKey
 class NodeType(type(nnx.Module)):  # type: ignore[misc]
     """The type of the classes of nodes, which are found again by the Linen class they stand for."""
 
-    kind: weakref.ref[type[nn.Module]] | None = None
-    base: Any = None
-
 
 class Node(Level, metaclass=NodeType):
     """One level of a hosted model: the variables of one Linen module, and its submodules.
@@ -43,6 +40,10 @@ class Node(Level, metaclass=NodeType):
     Assigning an NNX module to the attribute of a submodule replaces it: the model calls the NNX
     module from then on.
     """
+
+    # Of the classes that `node_type` makes: the Linen class, weakly, and the class it derives from.
+    _kind: ClassVar[weakref.ref[type[nn.Module]] | None] = None
+    _base: ClassVar[Any] = None
 
     def __call__(
         self,
@@ -197,21 +198,21 @@ def node_type(kind: type[nn.Module] | None, base: type[N]) -> type[N]:
         return base
     of_kind = _types.setdefault(kind, {})
     if base not in of_kind:
-        made = NodeType(kind.__name__, (base,), {"__doc__": kind.__doc__})
+        made: Any = NodeType(kind.__name__, (base,), {"__doc__": kind.__doc__})
         made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
         # Weakly, so that a class lives no longer than its last user.
-        made.kind, made.base = weakref.ref(kind), base
+        made._kind, made._base = weakref.ref(kind), base
         of_kind[base] = made
     return of_kind[base]
 
 
-def _by_kind(made: NodeType) -> Any:
+def _by_kind(made: Any) -> Any:
     """How `pickle` finds a class: those of `node_type` are not attributes of their modules."""
-    kind = made.kind and made.kind()
-    return made.__qualname__ if kind is None else (node_type, (kind, made.base))
+    kind = made._kind and made._kind()
+    return made.__qualname__ if kind is None else (node_type, (kind, made._base))
 
 
-copyreg.pickle(NodeType, _by_kind)  # type: ignore[arg-type]
+copyreg.pickle(NodeType, _by_kind)
 
 
 def make(base: type[N], place: Place) -> N:
@@ -262,7 +263,7 @@ def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
     for method in methods or {"__call__"}:
         if not callable(getattr(value, method, None)):
             raise TypeError(
-                f"{path}: the model calls its method {method!r}, which the replacement "
+                f"{path_text(below)}: the model calls its method {method!r}, which the replacement "
                 f"{type(value).__name__} does not have"
             )
 

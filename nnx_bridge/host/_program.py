@@ -69,6 +69,13 @@ class Program:
     def __repr__(self) -> str:
         return type(self.module).__name__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # Nothing in it is ever written, but what is known of it grows.
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Linen's own layers hold functions that cannot be pickled; calls find them again.
+        return {**vars(self), "layout": Layout()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope
@@ -48,8 +49,10 @@ class Replacement:
         """How messages call it."""
         return f"{path_text(self.path)}, replaced by {self.kind.__name__}"
 
-    def __call__(self, scope: Scope, name: str, args: Any, kwargs: Any) -> Any:
-        """Calls a method of the module on the variables of a scope."""
+    def __call__(self, linen: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+        """Calls a method of the module on the variables of the bound Linen module."""
+        scope = linen.scope
+        assert scope is not None
         # New Variables: what the call writes in place is not the caller's.
         leaves = jax.tree.map(lambda x: x, self._leaves)
         given = [self._read(scope, *pair) for pair in zip(self._paths, leaves, strict=True)]
@@ -58,7 +61,7 @@ class Replacement:
         before = self._record_from(scope, copy)
         snapshot = Snapshot(nodes)
         method = self._method(copy, name, args, kwargs)
-        with _current.pushed(scope):
+        with _current.pushed(linen):
             result = method(*args, **kwargs)
         if not snapshot.holds():
             self._check_new(copy, captured)
@@ -66,6 +69,26 @@ class Replacement:
             self._write(scope, path, variable, value)
         _record_to(scope, copy, before)
         return result
+
+    def check_created(self, scope: Scope) -> None:
+        """Checks, after `init` of the model of ``scope``, that the variables have their shapes.
+
+        Raises:
+          ValueError: A transform of Linen around the module has stacked them once more.
+        """
+        for path, leaf in zip(self._paths, self._leaves, strict=True):
+            if not isinstance(leaf, nnx.Variable) or _flax_private.is_captured(path):
+                continue
+            collection, *names = linen_path((*self.path, *map(str, path)), leaf)
+            value: Any = scope.get_variable(collection, names[0])
+            for name in names[1:]:
+                value = None if value is None else value.get(name)
+            if value is not None and shapes(nn.meta.unbox(value)) != shapes(leaf.get_value()):
+                raise ValueError(
+                    f"{self.where}: init cannot make its variables, since a transform of Linen "
+                    "around it (nn.scan, nn.vmap, ...) stacks those of its layers; take the "
+                    "variables that unhost returns"
+                )
 
     def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
         method = module if name == "__call__" and callable(module) else getattr(module, name, None)
@@ -108,7 +131,7 @@ class Replacement:
             return value
         if stream is not None and (scope.has_rng(stream) or scope.has_rng("params")):
             # A transform of Linen around it carries no state of NNX's streams, but Linen's own.
-            return scope.make_rng(stream) if isinstance(leaf, nnx.RngKey) else leaf.get_value()
+            return _drawn(scope, stream, leaf)
         raise ValueError(
             f"{self.where}: its variable {path_text((collection, *self.path, *names))} is not "
             f"there. A transform of Linen around it (nn.scan, nn.vmap, ...) must carry the "
@@ -156,29 +179,29 @@ class Replacement:
 
 @dataclasses.dataclass
 class _Current(threading.local):
-    """The scopes of the Linen modules in whose places NNX modules run, the innermost last."""
+    """The Linen modules in whose places NNX modules run, the innermost last."""
 
-    scopes: list[Scope | None] = dataclasses.field(default_factory=list)
+    modules: list[nn.Module | None] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
-    def pushed(self, scope: Scope | None) -> Iterator[None]:
-        self.scopes.append(scope)
+    def pushed(self, module: nn.Module | None) -> Iterator[None]:
+        self.modules.append(module)
         try:
             yield
         finally:
-            self.scopes.pop()
+            self.modules.pop()
 
 
 _current = _Current()
 
 
-def replaced_scope() -> Scope | None:
-    """The scope of the Linen module in whose place an NNX module runs right now."""
-    return _current.scopes[-1] if _current.scopes else None
+def replaced_module() -> nn.Module | None:
+    """The bound Linen module in whose place an NNX module runs right now."""
+    return _current.modules[-1] if _current.modules else None
 
 
-def no_replaced_scope() -> contextlib.AbstractContextManager[None]:
-    """A context in which `replaced_scope` finds nothing."""
+def no_replaced_module() -> contextlib.AbstractContextManager[None]:
+    """A context in which `replaced_module` finds nothing."""
     return _current.pushed(None)
 
 
@@ -209,7 +232,7 @@ def replacing(
             return None if name == "setup" else call(*args, **kwargs)
         running = True
         try:
-            result = replacement(context.module.scope, name, args, kwargs)
+            result = replacement(context.module, name, args, kwargs)
         finally:
             running = False
         _check_returned(replacement, layout, name, (args, kwargs), result)
@@ -254,6 +277,15 @@ def _put(scope: Scope, collection: str, names: list[Any], value: Any) -> None:
         branch[inner[-1]] = value
         value = tree
     scope.put_variable(collection, name, value)
+
+
+def _drawn(scope: Scope, stream: str, leaf: nnx.Variable[Any]) -> jax.Array:
+    """The state of a stream of NNX that starts from a key of Linen."""
+    if not isinstance(leaf, nnx.RngKey):
+        return jnp.zeros((), leaf.get_value().dtype)
+    key = scope.make_rng(stream)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
 
 
 def _listing(args: Any, kwargs: Any) -> str:
