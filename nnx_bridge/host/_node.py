@@ -257,14 +257,13 @@ def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
             f"{where} has no submodule {name!r} that could be replaced; "
             f"{suggestion(name, {*submodules} - {*OWN_ATTRIBUTES})}"
         )
-    methods = {
-        m for p, m, _ in place.program.layout.returned if p == (*place.path, unescaped(name))
-    }
+    below = (*place.path, unescaped(name))
+    methods = {method for path, method, _ in place.program.layout.returned if path == below}
     for method in methods or {"__call__"}:
         if not callable(getattr(value, method, None)):
             raise TypeError(
-                f"{path_text(below)}: the model calls its method {method!r}, which the replacement "
-                f"{type(value).__name__} does not have"
+                f"{path_text(below)}: the model calls its method {method!r}, which its "
+                f"replacement {type(value).__name__} does not have"
             )
 
 
