@@ -6,16 +6,13 @@ the same.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import linen as nn
-from flax import nnx
 
 import nnx_bridge
 from tests.helpers import assert_trees_equal, normal
