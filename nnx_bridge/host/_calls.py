@@ -15,8 +15,10 @@ import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter, LazyRng, Scope, in_filter, union_filters
+from flax.errors import InvalidRngError, TraceContextError
 
 from lifted._errors import path_text
+from lifted._nested import thaw
 from nnx_bridge._collections import Path, Variables
 from nnx_bridge.host._captures import called_modules, deposit, recorded
 from nnx_bridge.host._checks import explain
@@ -155,9 +157,9 @@ def _scope(
         of_names = keys if isinstance(keys, Mapping) else {} if keys is None else {"params": keys}
         streams = {name: LazyRng.create(key, *path) for name, key in of_names.items()}
     name = path[-1] if path else None
-    scope = Scope(
-        frame.variables, rngs=streams, mutable=frame.mutable(changeable), name=name, path=path
-    )
+    # A copy: a scope writes into the dictionaries that it is given.
+    variables = thaw(frame.variables)
+    scope = Scope(variables, rngs=streams, mutable=frame.mutable(changeable), name=name, path=path)
     if counters is not None:
         scope.rng_counters = counters
     return scope
@@ -289,11 +291,27 @@ def _drawn(rngs: Keys | nnx.Rngs | None) -> Iterator[Keys | None]:
         return
     counts = [(rngs[name].count, rngs[name].count.get_value()) for name in rngs]
     try:
-        yield draw(rngs)
+        keys = draw(rngs)
+    except TraceContextError:
+        # Closed over by a transform of JAX, the streams cannot move: what draws nothing still runs.
+        try:
+            yield None
+        except InvalidRngError as error:
+            error.add_note(_CLOSED_OVER)
+            raise
+        return
+    try:
+        yield keys
     except BaseException:
         for variable, value in counts:
             variable.set_value(value)
         raise
+
+
+_CLOSED_OVER = (
+    "The model is closed over by a transform of JAX, in which its streams cannot move: make it an "
+    "argument of a transform of NNX or of lifted, or pass keys with rngs=."
+)
 
 
 def draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:

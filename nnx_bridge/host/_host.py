@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import errors, nnx
 from flax import linen as nn
+from flax import nnx
 from flax.core.scope import CollectionFilter
 
 from nnx_bridge._collections import Variables
@@ -83,7 +83,9 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         training: Mapping[str, bool] | None = None,
         _layout: Layout | None = None,
     ) -> None:
-        layout = _bound_layout(module, variables) if _layout is None else _layout
+        layout = (
+            Layout.of_setup(check_linen_module(module), variables) if _layout is None else _layout
+        )
         put(self, "_linen", Place(Program(module, mutable, training, layout), ()))
         streams = rngs if rngs is None or isinstance(rngs, nnx.Rngs) else nnx.Rngs(**rngs)
         put(self, "_linen_rngs", streams)
@@ -133,17 +135,6 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         streams = rngs if isinstance(rngs, nnx.Rngs | Mapping) else {"params": rngs}
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
         return cls(module, variables, rngs=streams, **options)
-
-
-def _bound_layout(module: nn.Module, variables: Variables) -> Layout:
-    """What is known of a model without inputs."""
-    layout = Layout()
-    try:
-        layout.note_bound(module, variables)
-    except (errors.FlaxError, AttributeError, KeyError, TypeError, ValueError):
-        # Its `setup` needs what is not there; the first call will say what.
-        return Layout()
-    return layout
 
 
 def check_linen_module(module: Any) -> nn.Module:

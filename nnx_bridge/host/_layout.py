@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import errors
 from flax import linen as nn
 
 from lifted._errors import path_text
@@ -90,24 +91,31 @@ class Layout:
         path = path_of(module)
         if path is None:
             return
-        if path not in self.submodules:
-            self.submodules[path] = unbound(module)
+        # Of two modules that share a scope the outer one is noted last.
+        self.submodules[path] = unbound(module)
         for child in _below(module):
             if path_of(child) not in self.submodules:
                 self.note(child)
 
-    def note_bound(self, module: nn.Module, variables: Any) -> None:
-        """Notes what can be found without inputs: the modules that `setup` makes."""
+    @classmethod
+    def of_setup(cls, module: nn.Module, variables: Any) -> Layout:
+        """What can be found without inputs: the modules that `setup` makes."""
+        layout = cls()
 
         def bind(variables: Any) -> None:
             waiting = [module.bind(variables, mutable=True)]
             while waiting:
                 bound = waiting.pop()
                 dir(bound)  # Runs `setup`.
-                self.note(bound)
+                layout.note(bound)
                 waiting += _below(bound)
 
-        jax.eval_shape(bind, variables)
+        try:
+            jax.eval_shape(bind, variables)
+        except (errors.FlaxError, AttributeError, KeyError, TypeError, ValueError):
+            # Its `setup` needs what is not there; the first call will say what.
+            return cls()
+        return layout
 
     def children(self, path: Path) -> list[str]:
         """Names of the modules below the one at ``path``."""
@@ -120,8 +128,18 @@ NOT_CALLED = ("setup", "<lambda>")
 
 
 def path_of(module: Any) -> Path | None:
-    """The path of a bound module; None of one that is not bound."""
-    return None if module.scope is None else tuple(module.scope.path)
+    """The path of the variables of a bound module; None of a module that is not bound.
+
+    It is not always `module.path`: below a module that shares its scope (`nn.share_scope`), that is
+    the path which the module would have had.
+    """
+    scope, names = module.scope, []
+    if scope is None:
+        return None
+    while scope.parent is not None:
+        names.append(scope.name)
+        scope = scope.parent
+    return (*scope.path, *reversed(names))
 
 
 def shapes(tree: Any) -> Shapes:

@@ -74,7 +74,10 @@ class Program:
 
     def __getstate__(self) -> dict[str, Any]:
         # Linen's own layers hold functions that cannot be pickled; calls find them again.
-        return {**vars(self), "layout": Layout()}
+        return {name: value for name, value in vars(self).items() if name != "layout"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, layout=Layout.of_setup(state["module"], {}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,11 @@ from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
 from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
 
+_STACKED = (
+    "init gives an NNX module the values that it has. It cannot do so where a transform of Linen "
+    "around it (nn.scan, nn.vmap, ...) stacks them: take the variables that unhost returns."
+)
+
 
 class Replacement:
     """An NNX module in the place of the Linen module at ``path``."""
@@ -84,11 +89,7 @@ class Replacement:
             for name in names[1:]:
                 value = None if value is None else value.get(name)
             if value is not None and shapes(nn.meta.unbox(value)) != shapes(leaf.get_value()):
-                raise ValueError(
-                    f"{self.where}: init cannot make its variables, since a transform of Linen "
-                    "around it (nn.scan, nn.vmap, ...) stacks those of its layers; take the "
-                    "variables that unhost returns"
-                )
+                raise ValueError(f"{self.where}: {_STACKED}")
 
     def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
         method = module if name == "__call__" and callable(module) else getattr(module, name, None)
@@ -125,7 +126,7 @@ class Replacement:
         """The value of a variable that the scope does not hold."""
         collection, *names = place
         stream = _flax_private.rng_stream(leaf)
-        if scope.get_flag("initializing", False):
+        if scope.get_flag("initializing", False) and scope.is_mutable_collection(collection):
             value = from_variable(leaf)
             _put(scope, collection, names, value)
             return value
@@ -233,6 +234,10 @@ def replacing(
         running = True
         try:
             result = replacement(context.module, name, args, kwargs)
+        except Exception as error:
+            if context.module.scope.get_flag("initializing", False):
+                error.add_note(f"{replacement.where}: {_STACKED}")
+            raise
         finally:
             running = False
         _check_returned(replacement, layout, name, (args, kwargs), result)

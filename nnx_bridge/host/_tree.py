@@ -22,8 +22,7 @@ from nnx_bridge._collections import (
     Variables,
     flatten,
     free_name,
-    from_variable,
-    linen_path,
+    linen_entry,
     nest,
     renamed,
     set_variable,
@@ -51,15 +50,26 @@ class Contents:
 
     Attributes:
       variables: the Variables by their paths in Linen, `(collection, *modules, name)`.
+      values: their values, as Linen keeps them.
       replacements: the NNX modules that replace submodules, by the paths of these.
     """
 
     variables: Items = dataclasses.field(default_factory=list)
+    values: list[Any] = dataclasses.field(default_factory=list)
     replacements: dict[Path, nnx.Module] = dataclasses.field(default_factory=dict)
+    _collections: dict[Any, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, path: Path, variable: nnx.Variable[Any]) -> None:
+        """Adds the Variable that stands at ``path``."""
+        place, value = linen_entry(path, variable, self._collections)
+        self.variables.append((place, variable))
+        self.values.append(value)
 
     def read(self) -> dict[str, Any]:
         """The variables, as Linen keeps them."""
-        return nest((path, from_variable(variable)) for path, variable in self.variables)
+        return nest(
+            (path, value) for (path, _), value in zip(self.variables, self.values, strict=True)
+        )
 
 
 def slots(node: nnx.Module) -> dict[str, Any]:
@@ -73,21 +83,30 @@ def put(node: Level, attribute: str, value: Any) -> None:
     nnx.Module.__setattr__(node, attribute, value)
 
 
-def contents(root: Level, replaced: bool = True) -> Contents:
+def contents(root: Level) -> Contents:
     """What stands in the tree of ``root``, by paths that begin there."""
     found = Contents()
     _collect(root, (), found)
-    for path, module in found.replacements.items() if replaced else ():
-        found.variables += replacement_items(module, path)
+    for path, module in found.replacements.items():
+        _, paths, leaves, _ = _flax_private.flatten(module)
+        for inner, leaf in zip(paths, leaves, strict=True):
+            # What it records is no variable of the model.
+            if isinstance(leaf, nnx.Variable) and not _flax_private.is_captured(inner):
+                found.add((*path, *map(str, inner)), leaf)
     return found
 
 
 def _collect(node: Level, path: Path, found: Contents) -> None:
-    place: Place = slots(node)["_linen"]
-    for attribute, value in slots(node).items():
-        if isinstance(value, nnx.Variable):
-            found.variables.append((linen_path((*path, unescaped(attribute)), value), value))
-        elif isinstance(value, nnx.Module) and attribute not in OWN_ATTRIBUTES:
+    attributes = slots(node)
+    place: Place = attributes["_linen"]
+    for attribute, value in attributes.items():
+        if attribute in _NO_PARTS:
+            continue
+        # By the classes, since `isinstance` takes as long as reading the Variable.
+        kinds = type(value).__mro__
+        if nnx.Variable in kinds:
+            found.add((*path, unescaped(attribute)), value)
+        elif nnx.Module in kinds:
             name = unescaped(attribute)
             if _is_part(value, place, name):
                 _collect(value, (*path, name), found)  # type: ignore[arg-type]
@@ -97,25 +116,11 @@ def _collect(node: Level, path: Path, found: Contents) -> None:
 
 def _is_part(value: nnx.Module, place: Place, name: str) -> bool:
     """Whether a module is the level of the submodule ``name`` of the module at ``place``."""
-    if not isinstance(value, Level):
+    if Level not in type(value).__mro__:
         return False
     own: Place = slots(value)["_linen"]
-    return own.path == (*place.path, name) and own.program == place.program
-
-
-def replacement_items(module: nnx.Module, path: Path) -> Items:
-    """The Variables of a replacement by their paths in Linen, but not what it records."""
-    _, paths, leaves, _ = _flax_private.flatten(module)
-    return [
-        (variable_path(path, inner, leaf), leaf)
-        for inner, leaf in zip(paths, leaves, strict=True)
-        if isinstance(leaf, nnx.Variable) and not _flax_private.is_captured(inner)
-    ]
-
-
-def variable_path(path: Path, inner: Path, variable: nnx.Variable[Any]) -> Path:
-    """Where Linen keeps the Variable that stands at ``inner`` in the replacement at ``path``."""
-    return linen_path((*path, *map(str, inner)), variable)
+    same = own.program is place.program or own.program == place.program
+    return same and own.path == (*place.path, name)
 
 
 def nodes(node: nnx.Module, path: Path = ()) -> Iterator[tuple[Path, nnx.Module]]:
@@ -154,7 +159,7 @@ def write(root: Level, found: Contents, before: Variables, updates: Variables) -
       updates: what the call returned.
     """
     held = dict(found.variables)
-    given = dict(flatten(before))
+    given = dict(flatten({c: tree for c, tree in before.items() if c in updates}))
     new = dict(flatten(updates))
     for path, value in new.items():
         if path not in held:
@@ -200,6 +205,8 @@ def node_at(root: Level, path: Path) -> Level:
 
 
 OWN_ATTRIBUTES = ("_linen", "_linen_rngs", "_linen_mode")
+# With the attributes in which NNX keeps its own books: those that are no parts of a level.
+_NO_PARTS = {*OWN_ATTRIBUTES, *vars(nnx.Module())}
 # Classes enter here the names of their attributes, which submodules and variables cannot have.
 RESERVED = set(OWN_ATTRIBUTES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
       A Linen module that is not bound, and its variables.
 
     Example:
+        >>> import jax
         >>> x = jax.numpy.ones((2, 4))
         >>> module, variables = unhost(Host.init(nn.Dense(3), jax.random.key(0), x))
         >>> module.apply(variables, x).shape
@@ -53,16 +55,21 @@ def _replaced(
 ) -> nn.Module:
     """The module as an instance of a subclass that calls the replacements."""
     kind = type(module)
+    active = _Active()
 
     def method(name: str) -> Callable[..., Any]:
         function = getattr(kind, name)
 
         @functools.wraps(function)
         def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.scope is None:
+            if self.scope is None or active.now:  # A method that another one calls.
                 return function(self, *args, **kwargs)
-            with replacing(replacements, layout, path_of(self) or ()):
-                result = function(self, *args, **kwargs)
+            active.now = True
+            try:
+                with replacing(replacements, layout, path_of(self) or ()):
+                    result = function(self, *args, **kwargs)
+            finally:
+                active.now = False
             if self.scope.get_flag("initializing", False):
                 for replacement in replacements.values():
                     replacement.check_created(self.scope)
@@ -75,6 +82,12 @@ def _replaced(
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     of_module: nn.Module = made(**fields)
     return of_module
+
+
+class _Active(threading.local):
+    """Whether a method runs."""
+
+    now = False
 
 
 def _methods(kind: type[nn.Module]) -> list[str]:

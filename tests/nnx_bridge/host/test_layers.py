@@ -89,7 +89,9 @@ LAYERS = {
         nn.MultiHeadDotProductAttention(2, dropout_rate=0.5), SEQUENCE, deterministic=False
     ),
     "MultiHeadDotProductAttention-normed": case(
-        nn.MultiHeadDotProductAttention(2, normalize_qk=True, qkv_features=8), SEQUENCE, sow_weights=True
+        nn.MultiHeadDotProductAttention(2, normalize_qk=True, qkv_features=8),
+        SEQUENCE,
+        sow_weights=True,
     ),
     "SelfAttention": case(nn.SelfAttention(2, deterministic=True), SEQUENCE),
     "SelfAttention-cache": case(nn.SelfAttention(2, decode=True), SEQUENCE[:, :1]),
