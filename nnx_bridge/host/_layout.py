@@ -102,16 +102,20 @@ class Layout:
         """What can be found without inputs: the modules that `setup` makes."""
         layout = cls()
 
-        def bind(variables: Any) -> None:
-            waiting = [module.bind(variables, mutable=True)]
+        def note(bound: nn.Module) -> None:
+            waiting = [bound]
             while waiting:
-                bound = waiting.pop()
-                dir(bound)  # Runs `setup`.
-                layout.note(bound)
-                waiting += _below(bound)
+                found = waiting.pop()
+                dir(found)  # Runs `setup`.
+                layout.note(found)
+                waiting += _below(found)
+
+        def run(variables: Any) -> None:
+            # In a method: outside, modules that `setup` gives to others are taken for theirs.
+            module.apply(variables, method=note, mutable=True)
 
         try:
-            jax.eval_shape(bind, variables)
+            jax.eval_shape(run, variables)
         except (errors.FlaxError, AttributeError, KeyError, TypeError, ValueError):
             # Its `setup` needs what is not there; the first call will say what.
             return cls()

@@ -109,7 +109,7 @@ def _collect(node: Level, path: Path, found: Contents) -> None:
         elif nnx.Module in kinds:
             name = unescaped(attribute)
             if _is_part(value, place, name):
-                _collect(value, (*path, name), found)  # type: ignore[arg-type]
+                _collect(value, (*path, name), found)
             else:
                 found.replacements[(*path, name)] = value
 
