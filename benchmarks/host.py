@@ -14,7 +14,7 @@ from benchmarks._models import LinenEncoder, sample
 from benchmarks._results import Table
 from nnx_bridge import Host
 
-# The most that a hosted model may take, as a multiple of Linen's `apply`, in the median over MODELS.
+# The most that a hosted model may take of Linen's `apply`, in the median over MODELS.
 CLAIM = 1.05
 
 
