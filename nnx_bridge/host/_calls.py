@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter, LazyRng, Scope, in_filter, union_filters
-from flax.errors import InvalidRngError, TraceContextError
+from flax.errors import InvalidRngError, ScopeParamShapeError, TraceContextError
 
 from lifted._errors import path_text
 from lifted._nested import thaw
@@ -117,16 +117,30 @@ def _call_below(
         return opened[path].module
 
     module = module_at(place.path)
-    with _around(program, [of.frame for of in opened.values()]):
-        if callable(asked.method):
-            output = asked.method(module, *asked.args, **asked.kwargs)
+    method = asked.method if asked.method is not None else "__call__"
+    with _around(program, [of.frame for of in opened.values()]), _explained_below(place):
+        if callable(method):
+            output = method(module, *asked.args, **asked.kwargs)
         else:
-            output = getattr(module, asked.method or "__call__")(*asked.args, **asked.kwargs)
+            output = getattr(module, method)(*asked.args, **asked.kwargs)
     updates = [dict(of.scope.mutable_variables()) for of in opened.values()]
     for of, updated in zip(opened.values(), updates, strict=True):
         of.scope.invalidate()
         of.frame.keep(updated, of.changeable)
     return output
+
+
+@contextlib.contextmanager
+def _explained_below(place: Place) -> Iterator[None]:
+    """Says why the variables of a module may not fit it when it is called by itself."""
+    try:
+        yield
+    except ScopeParamShapeError as error:
+        error.add_note(
+            f"{path_text(place.path)} was called by itself. If a transform of Linen around it "
+            "(nn.scan, nn.vmap) stacks its variables, call its parent instead."
+        )
+        raise
 
 
 @dataclasses.dataclass
@@ -165,15 +179,15 @@ def _scope(
     return scope
 
 
-def _outside(top: Level, place: Place, path: Path) -> Level:
+def _outside(top: Level, place: Place, path: Path) -> nnx.Module:
     """The level at ``path`` whose module was given to the one at ``place``."""
     start: Path = slots(top)["_linen"].path
     level = find(top, path[len(start) :]) if path[: len(start)] == start else None
     if level is None:
         raise ValueError(
             f"{path_text(place.path)} was given the module at {path_text(path)}, which is not "
-            "below the node that is called: call it as an attribute of the host, "
-            f"model.{'.'.join(place.path)}(...)"
+            "below the node that is called: call it as an attribute of its host, which "
+            f"must be there still: model.{'.'.join(place.path)}(...)"
         )
     return level
 
@@ -201,7 +215,7 @@ def _unbound(place: Place, path: Path) -> nn.Module:
 class Frame:
     """The variables of one node for one call."""
 
-    def __init__(self, node: Level, path: Path) -> None:
+    def __init__(self, node: nnx.Module, path: Path) -> None:
         self._node = node
         self._path = path
         self._contents: Contents = contents(node)

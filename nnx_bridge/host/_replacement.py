@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope
+from flax.errors import FlaxError
 
 from lifted._errors import describe, path_text
 from lifted._nested import thaw
@@ -74,6 +75,14 @@ class Replacement:
             self._write(scope, path, variable, value)
         _record_to(scope, copy, before)
         return result
+
+    def create(self, scope: Scope) -> None:
+        """Makes the variables while the model of ``scope`` is initialised."""
+        if scope.get_flag("initializing", False):
+            for path, leaf in zip(
+                self._paths, jax.tree.map(lambda x: x, self._leaves), strict=True
+            ):
+                self._read(scope, path, leaf)
 
     def check_created(self, scope: Scope) -> None:
         """Checks, after `init` of the model of ``scope``, that the variables have their shapes.
@@ -228,9 +237,10 @@ def replacing(
         name = context.method_name
         if replacement is None:
             return call(*args, **kwargs)
+        if name == "setup":
+            return _set_up(call, context.module.scope, replacement)
         if name in NOT_CALLED:
-            # What `setup` would make belongs to the module that is replaced.
-            return None if name == "setup" else call(*args, **kwargs)
+            return call(*args, **kwargs)
         running = True
         try:
             result = replacement(context.module, name, args, kwargs)
@@ -245,6 +255,19 @@ def replacing(
 
     with nn.intercept_methods(intercept):
         yield
+
+
+def _set_up(call: Callable[[], None], scope: Scope, replacement: Replacement) -> None:
+    """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
+
+    A parent may use a parameter of a submodule, such as the matrix of an embedding.
+    """
+    replacement.create(scope)
+    try:
+        call()
+    except FlaxError:
+        # It makes variables that the replacement does not have; its parent cannot read them.
+        return
 
 
 def _check_returned(

@@ -83,10 +83,13 @@ def put(node: Level, attribute: str, value: Any) -> None:
     nnx.Module.__setattr__(node, attribute, value)
 
 
-def contents(root: Level) -> Contents:
-    """What stands in the tree of ``root``, by paths that begin there."""
+def contents(root: nnx.Module) -> Contents:
+    """What stands in the tree of ``root``, or in a replacement, by paths that begin there."""
     found = Contents()
-    _collect(root, (), found)
+    if isinstance(root, Level):
+        _collect(root, (), found)
+    else:
+        found.replacements[()] = root
     for path, module in found.replacements.items():
         _, paths, leaves, _ = _flax_private.flatten(module)
         for inner, leaf in zip(paths, leaves, strict=True):
@@ -146,7 +149,7 @@ def fill(root: Level, variables: Variables) -> None:
         put(node_at(root, path[:-1]), escaped(path[-1]), variable)
 
 
-def write(root: Level, found: Contents, before: Variables, updates: Variables) -> None:
+def write(root: nnx.Module, found: Contents, before: Variables, updates: Variables) -> None:
     """Writes updated collections into the tree, with new Variables for what is new.
 
     What is sown is replaced as a whole: values of an earlier call are removed.
@@ -163,12 +166,13 @@ def write(root: Level, found: Contents, before: Variables, updates: Variables) -
     new = dict(flatten(updates))
     for path, value in new.items():
         if path not in held:
+            assert isinstance(root, Level)  # A replacement makes no new variables.
             _add(root, path, value)
         elif value is not given.get(path):
             set_variable(held[path], value)
     if "intermediates" in updates:
         for path in held.keys() - new.keys():
-            if path[0] == "intermediates":
+            if path[0] == "intermediates" and isinstance(root, Level):
                 _remove(node_at(root, path[1:-1]), held[path])
 
 
@@ -184,11 +188,11 @@ def _remove(node: Level, variable: nnx.Variable[Any]) -> None:
     delattr(node, next(name for name, value in slots(node).items() if value is variable))
 
 
-def find(root: Level, path: Path) -> Level | None:
-    """The level of a submodule; None where there is none."""
+def find(root: nnx.Module, path: Path) -> nnx.Module | None:
+    """The level of a submodule, or its replacement; None where there is none."""
     for name in path:
-        child = slots(root).get(escaped(name))
-        if not isinstance(child, Level):
+        child = slots(root).get(escaped(name)) if isinstance(root, Level) else None
+        if not isinstance(child, nnx.Module):
             return None
         root = child
     return root

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import errors, nnx
 from flax import linen as nn
-from flax import nnx
 
 import lifted
 import nnx_bridge
@@ -91,6 +91,12 @@ def test_a_node_without_its_host_says_what_it_lacks() -> None:
     encoder = nnx.clone(hosted().encoder)
     with pytest.raises(ValueError, match=r"encoder was given the module at embed.*model.encoder"):
         encoder(X)
+
+
+def test_a_node_of_stacked_layers_says_why_it_cannot_be_called() -> None:
+    with pytest.raises(errors.ScopeParamShapeError, match="/layers") as error:
+        hosted(Scanned()).layers(X)
+    assert "layers was called by itself" in "".join(error.value.__notes__)
 
 
 def test_a_module_whose_fields_are_traced_says_which() -> None:

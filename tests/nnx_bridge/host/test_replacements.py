@@ -145,6 +145,30 @@ def test_one_native_module_in_two_places() -> None:
     assert set(grads) == {"embed", "encoder", "layers_0", "named_a", "norm"}
 
 
+def test_a_node_that_was_given_a_module_calls_its_replacement() -> None:
+    model = hosted()
+    model.embed = Around(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    encode = lambda module, x: module.encoder(x)  # noqa: E731
+    assert_trees_equal(model.encoder(X), model(X, method=encode))
+
+
+def test_a_parent_reads_a_parameter_of_the_replacement() -> None:
+    class Tied(nn.Module):
+        def setup(self) -> None:
+            self.embed = nn.Embed(7, 4)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.embed(tokens) @ self.embed.embedding.T
+
+    tokens = jnp.array([1, 2])
+    model = Host.init(Tied(), KEYS, tokens)
+    model.embed = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+    expected = model.embed(tokens) @ model.embed.embedding[...].T
+    assert_trees_equal(model(tokens), expected)
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.init(KEYS, tokens), variables)
+
+
 def test_another_host_as_replacement() -> None:
     model, other = hosted(), Host.init(nn.Dense(4), KEYS, X)
     model.layers_0 = other
