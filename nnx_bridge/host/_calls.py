@@ -14,24 +14,21 @@ from typing import Any, TypeAlias
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter, LazyRng, Scope, in_filter, union_filters
+from flax.core.scope import CollectionFilter, LazyRng, Scope
 from flax.errors import InvalidRngError, ScopeParamShapeError, TraceContextError
 
 from lifted._errors import path_text
 from lifted._nested import thaw
-from nnx_bridge._collections import Path, Variables
-from nnx_bridge.host._captures import called_modules, deposit, recorded
+from nnx_bridge._collections import Path
+from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._checks import explain
+from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._layout import bind, given_module
 from nnx_bridge.host._modes import find_mode, given
 from nnx_bridge.host._program import Place, Program
-from nnx_bridge.host._replacement import (
-    Replacement,
-    no_replaced_module,
-    replaced_module,
-    replacing,
-)
-from nnx_bridge.host._tree import Contents, Level, contents, find, slots, write
+from nnx_bridge.host._replacement import no_replaced_module, replaced_module
+from nnx_bridge.host._replacing import replacing
+from nnx_bridge.host._tree import Level, find, slots
 
 Keys: TypeAlias = jax.Array | dict[str, jax.Array]
 Method: TypeAlias = str | Callable[..., Any] | None
@@ -210,48 +207,6 @@ def _unbound(place: Place, path: Path) -> nn.Module:
             f"{', '.join(known.unknown)} are made anew in each call of its parent; call the parent."
         )
     return known.module
-
-
-class Frame:
-    """The variables of one node for one call."""
-
-    def __init__(self, node: nnx.Module, path: Path) -> None:
-        self._node = node
-        self._path = path
-        self._contents: Contents = contents(node)
-        self._captured = recorded(node)
-        self.called: list[Path] = []
-        variables = self._contents.read()
-        # Sown values are a record of one call, so they are no input of the next.
-        variables.pop("intermediates", None)
-        self.variables: dict[str, Any] = {**variables, **self._captured}
-
-    @property
-    def records(self) -> bool:
-        """Whether a context around the call records what is sown."""
-        return bool(self._captured)
-
-    @property
-    def replacements(self) -> dict[Path, Replacement]:
-        """The replacements, by their paths in the model."""
-        found = self._contents.replacements
-        return {(*self._path, *p): Replacement((*self._path, *p), m) for p, m in found.items()}
-
-    def mutable(self, changeable: CollectionFilter) -> CollectionFilter:
-        """The filter with which Linen is called."""
-        return union_filters(changeable, list(self._captured)) if self._captured else changeable
-
-    def keep(self, updates: Variables, changeable: CollectionFilter) -> None:
-        """Writes what a call changed."""
-        updates = dict(updates)
-        sown = {c: updates.pop(c) for c in self._captured if c in updates}
-        depth = len(self._path)
-        below = [path[depth:] for path in self.called if path[:depth] == self._path]
-        if sown:
-            deposit(self._node, sown, below)
-        if in_filter(changeable, "intermediates") and "intermediates" not in self._captured:
-            updates = {"intermediates": {}, **updates}
-        write(self._node, self._contents, self.variables, updates)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope
-from flax.errors import FlaxError
 
 from lifted._errors import describe, path_text
 from lifted._nested import thaw
@@ -34,9 +33,9 @@ from nnx_bridge._collections import (
 )
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
-from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
+from nnx_bridge.host._layout import shapes
 
-_STACKED = (
+STACKED = (
     "init gives an NNX module the values that it has. It cannot do so where a transform of Linen "
     "around it (nn.scan, nn.vmap, ...) stacks them: take the variables that unhost returns."
 )
@@ -98,11 +97,11 @@ class Replacement:
             for name in names[1:]:
                 value = None if value is None else value.get(name)
             if value is not None and shapes(nn.meta.unbox(value)) != shapes(leaf.get_value()):
-                raise ValueError(f"{self.where}: {_STACKED}")
+                raise ValueError(f"{self.where}: {STACKED}")
 
     def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
         method = module if name == "__call__" and callable(module) else getattr(module, name, None)
-        call = f"{name}{_listing(args, kwargs)}"
+        call = f"{name}{listing(args, kwargs)}"
         if not callable(method):
             raise TypeError(
                 f"{self.where}: the model calls {call}, but {self.kind.__name__} has no method "
@@ -215,74 +214,6 @@ def no_replaced_module() -> contextlib.AbstractContextManager[None]:
     return _current.pushed(None)
 
 
-@contextlib.contextmanager
-def replacing(
-    replacements: Mapping[Path, Replacement], layout: Layout, base: Path = ()
-) -> Iterator[None]:
-    """A context in which Linen's modules are replaced.
-
-    Args:
-      replacements: by the paths of what they replace.
-      layout: what is known of the model, for checks of what they return.
-      base: the path of the model, where it is a part of another one.
-    """
-    running = False
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal running
-        path = path_of(context.module)
-        if running or path is None or path[: len(base)] != base:
-            return call(*args, **kwargs)
-        replacement = replacements.get(path[len(base) :])
-        name = context.method_name
-        if replacement is None:
-            return call(*args, **kwargs)
-        if name == "setup":
-            return _set_up(call, context.module.scope, replacement)
-        if name in NOT_CALLED:
-            return call(*args, **kwargs)
-        running = True
-        try:
-            result = replacement(context.module, name, args, kwargs)
-        except Exception as error:
-            if context.module.scope.get_flag("initializing", False):
-                error.add_note(f"{replacement.where}: {_STACKED}")
-            raise
-        finally:
-            running = False
-        _check_returned(replacement, layout, name, (args, kwargs), result)
-        return result
-
-    with nn.intercept_methods(intercept):
-        yield
-
-
-def _set_up(call: Callable[[], None], scope: Scope, replacement: Replacement) -> None:
-    """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
-
-    A parent may use a parameter of a submodule, such as the matrix of an embedding.
-    """
-    replacement.create(scope)
-    try:
-        call()
-    except FlaxError:
-        # It makes variables that the replacement does not have; its parent cannot read them.
-        return
-
-
-def _check_returned(
-    replacement: Replacement, layout: Layout, name: str, arguments: Any, result: Any
-) -> None:
-    """Checks shapes, where the Linen module was seen with such arguments."""
-    expected = layout.returned.get((replacement.path, name, shapes(arguments)))
-    if expected is not None and shapes(result) != expected:
-        raise ValueError(
-            f"{replacement.where}: {name}{_listing(*arguments)} must return "
-            f"{_shapes_text(expected)}, as the Linen module does, but returned "
-            f"{_shapes_text(shapes(result))}"
-        )
-
-
 def _record_to(scope: Scope, copy: nnx.Module, before: dict[int, dict[str, Any]]) -> None:
     """Writes what the copy has recorded to the scope."""
     for path, module in nnx.iter_modules(copy, graph=True) if before else ():
@@ -316,13 +247,9 @@ def _drawn(scope: Scope, stream: str, leaf: nnx.Variable[Any]) -> jax.Array:
     return key if typed else jax.random.wrap_key_data(key)
 
 
-def _listing(args: Any, kwargs: Any) -> str:
+def listing(args: Any, kwargs: Any) -> str:
+    """The arguments of a call, as messages show them."""
     of = lambda x: jax.tree.map(describe, x)  # noqa: E731
     parts = [str(of(x)).replace("'", "") for x in args]
     parts += [f"{name}={str(of(x))}".replace("'", "") for name, x in kwargs.items()]
     return f"({', '.join(parts)})"
-
-
-def _shapes_text(of: Any) -> str:
-    parts = [f"{path} {shape}".strip() for path, shape in of]
-    return ", ".join(parts) or "nothing"

@@ -16,7 +16,8 @@ from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host
 from nnx_bridge.host._layout import Layout, path_of
 from nnx_bridge.host._program import Program
-from nnx_bridge.host._replacement import Replacement, replacing
+from nnx_bridge.host._replacement import Replacement
+from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import contents, slots
 
 
