@@ -5,7 +5,7 @@ from nnx_bridge import audit, compat
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
 from nnx_bridge.equivalence import Case, CaseError, Report, Row, Verdict, check, load_case
-from nnx_bridge.host import Host, Node, unhost
+from nnx_bridge.host import Host, Node, check_variables, unhost
 from nnx_bridge.weights import Plan, Rule, WeightsError, load, match, register_layout
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "capture_grad",
     "capture_jvp",
     "check",
+    "check_variables",
     "collection_name",
     "compat",
     "load",

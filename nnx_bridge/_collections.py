@@ -119,9 +119,17 @@ def from_variable(variable: nnx.Variable[Any]) -> Any:
         >>> from_variable(nnx.Param(1.0)), from_variable(nnx.Param(1.0, unit="m")).metadata
         (1.0, {'unit': 'm'})
     """
-    value = variable.get_value()
-    metadata = variable.get_metadata(exclude_required=True)
-    metadata.pop(_NAME, None)
+    return _boxed(variable, variable.get_metadata())
+
+
+def _boxed(variable: nnx.Variable[Any], metadata: dict[str, Any]) -> Any:
+    """The value of a Variable with this metadata, in its box; the metadata is used up."""
+    raw = variable.get_raw_value()
+    # Reading an array that no hook changes needs no copy of it.
+    plain = isinstance(raw, jax.Array) and "on_get_value" not in metadata
+    value = raw if plain else variable.get_value()
+    for key in (*nnx.Variable.required_metadata, _NAME):
+        metadata.pop(key, None)
     if not metadata:
         return value
     if _BOX not in metadata:
@@ -153,6 +161,22 @@ def linen_path(path: Path, variable: nnx.Variable[Any]) -> Path:
     """
     name = variable.get_metadata(_NAME, path[-1])
     return (collection_name(type(variable)), *path[:-1], name)
+
+
+def linen_entry(path: Path, variable: nnx.Variable[Any], names: dict[Any, str]) -> tuple[Path, Any]:
+    """`linen_path` and `from_variable` in one, for reading many Variables.
+
+    Args:
+      path: where the Variable stands.
+      variable: the Variable.
+      names: collections of Variable types that are known already; others are added.
+    """
+    kind = type(variable)
+    if kind not in names:
+        names[kind] = collection_name(kind)
+    metadata = variable.get_metadata()
+    name = metadata.get(_NAME, path[-1])
+    return (names[kind], *path[:-1], name), _boxed(variable, metadata)
 
 
 def to_state(variables: Variables) -> nnx.State:

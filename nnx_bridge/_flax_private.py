@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax import nnx
-from flax.nnx import graphlib, tracers
+from flax.nnx import graphlib, reprlib, tracers
 
 Indices = graphlib.RefMap
 _CAPTURES = "__captures__"
@@ -101,3 +101,13 @@ def set_captured(module: nnx.Module, variables: Sequence[nnx.Variable[Any]] | No
         setattr(module, _CAPTURES, nnx.data(tuple(variables)))
     elif _CAPTURES in vars(module):
         delattr(module, _CAPTURES)
+
+
+def is_captured(path: Sequence[Any]) -> bool:
+    """Whether ``path`` leads to what `nnx.capture` records."""
+    return _CAPTURES in path
+
+
+def shown_attribute(name: str, value: Any) -> Any:
+    """What ``__nnx_repr__`` yields for an attribute of an NNX object."""
+    return reprlib.Attr(name, value)

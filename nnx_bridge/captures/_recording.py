@@ -26,7 +26,8 @@ from nnx_bridge import _flax_private
 from nnx_bridge._collections import collection_name, variable_type
 from nnx_bridge.captures._method_outputs import sowing_outputs
 from nnx_bridge.captures._records import Perturbations, Records
-from nnx_bridge.host._tree import Node, node_at
+from nnx_bridge.host._node import Node
+from nnx_bridge.host._tree import node_at
 
 _BROADCAST = (
     "If this is what a module records: it differs from example to example, but the module is "

@@ -31,7 +31,7 @@ from nnx_bridge.equivalence._problem import (
     inexact,
 )
 from nnx_bridge.equivalence._report import Report, Row, compare_arrays, raised
-from nnx_bridge.host._host import Host, unhost
+from nnx_bridge.host import Host, unhost
 
 Results = dict[str, Arrays]
 Program = Callable[[str], Results]  # From the name of a stage.

@@ -17,13 +17,18 @@ from flax import nnx
 from lifted._trees import identical
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import Path, Variables, collection_name, nest
-from nnx_bridge.host._tree import Node, node_at, nodes
+from nnx_bridge.host._layout import path_of
+from nnx_bridge.host._tree import Level, node_at, nodes
+
+Recorded = dict[str, dict[str, Any]]
 
 
-def recorded(root: Node) -> dict[str, dict[str, Any]]:
+def recorded(root: nnx.Module) -> Recorded:
     """The collections that a context around the call records, with what they hold so far."""
+    if _flax_private.captured(root) is None:
+        return {}
     held = [
-        ((collection_name(type(variable)), *path), _values(variable))
+        ((collection_name(type(variable)), *path), recorded_values(variable))
         for path, node in nodes(root)
         for variable in _flax_private.captured(node) or ()
     ]
@@ -31,39 +36,48 @@ def recorded(root: Node) -> dict[str, dict[str, Any]]:
     return {path[0]: values.get(path[0], {}) for path, _ in held}
 
 
-def deposit(root: Node, collections: Variables, modules: Sequence[Path]) -> None:
+def deposit(root: nnx.Module, collections: Variables, modules: Sequence[Path]) -> None:
     """Records what the call has left in ``collections``, those of `recorded`.
 
     Args:
       root: the host.
       collections: what the call left.
-      modules: paths of the modules; below them a dictionary is a value.
+      modules: paths of the Linen modules; below them a dictionary is a value.
     """
-    known = {path[:depth] for path in modules for depth in range(len(path) + 1)}
+    there = dict(nodes(root))
+    native = [path for path, node in there.items() if not isinstance(node, Level)]
+    known = {path[:depth] for path in (*modules, *native) for depth in range(len(path) + 1)}
     for collection, tree in collections.items():
         for path, name, value in _by_module(tree, (), known):
-            for variable in _captured_at(root, path):
+            node = there.get(path)
+            if node is None:
+                assert isinstance(root, Level)
+                node = there[path] = node_at(root, path)
+            for variable in _captured_as(root, node):
                 # A perturbation that was given may belong to another trace: it is not written.
-                held = _values(variable).get(name)
+                held = recorded_values(variable).get(name)
                 if collection_name(type(variable)) == collection and not identical(held, value):
                     variable[name] = value
 
 
 @contextlib.contextmanager
-def called_modules(active: bool = True) -> Iterator[list[Path]]:
-    """Collects, where ``active``, the paths of the Linen modules whose methods run."""
+def called_modules() -> Iterator[list[Path]]:
+    """Collects the paths of the Linen modules whose methods run."""
     paths: list[Path] = []
-    if not active:
-        yield paths
-        return
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.scope is not None:
-            paths.append(tuple(context.module.path))
+        path = path_of(context.module)
+        if path is not None:
+            paths.append(path)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         yield paths
+
+
+def recorded_values(variable: nnx.Variable[Any]) -> dict[str, Any]:
+    """What a Variable of a capture context holds, by name."""
+    return dict(dict.items(variable.get_value()))
 
 
 def _by_module(
@@ -76,13 +90,9 @@ def _by_module(
             yield path, name, value
 
 
-def _captured_at(root: Node, path: Path) -> tuple[nnx.Variable[Any], ...]:
-    """What the node at ``path`` records; one that is new records what the root does."""
-    node, of_root = node_at(root, path), _flax_private.captured(root) or ()
+def _captured_as(root: nnx.Module, node: nnx.Module) -> tuple[nnx.Variable[Any], ...]:
+    """What ``node`` records; one that is new records what the root does."""
+    of_root = _flax_private.captured(root) or ()
     if _flax_private.captured(node) is None:
         _flax_private.set_captured(node, [type(v)(type(v.get_value())()) for v in of_root])
     return _flax_private.captured(node) or ()
-
-
-def _values(variable: nnx.Variable[Any]) -> dict[str, Any]:
-    return dict(dict.items(variable.get_value()))

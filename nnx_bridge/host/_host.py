@@ -1,4 +1,4 @@
-"""A Linen module as a tree of NNX modules that mirrors its variables.
+"""A Linen module as a tree of NNX modules that mirrors its submodules.
 
 The tree holds what Linen calls variables: `model.Dense_0.kernel` is an `nnx.Param`. The program
 stays Linen's: a call gathers the variables, runs `module.apply`, and writes what it changed back
@@ -7,36 +7,39 @@ into the tree. So every Linen model works, and the numbers are those of Linen.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter, in_filter, union_filters
+from flax.core.scope import CollectionFilter
 
 from nnx_bridge._collections import Variables
-from nnx_bridge.host._captures import called_modules, deposit, recorded
-from nnx_bridge.host._tree import Node, fill, node_at, read, write
+from nnx_bridge.host._calls import Keys, Method, draw
+from nnx_bridge.host._checks import differences, not_finite
+from nnx_bridge.host._layout import Layout
+from nnx_bridge.host._node import Node, node_type
+from nnx_bridge.host._program import Place, Program, default_mutable
+from nnx_bridge.host._tree import contents, fill, node_at, put, slots
 
-Keys: TypeAlias = jax.Array | dict[str, jax.Array]
-Method: TypeAlias = str | Callable[..., Any] | None
+__all__ = [
+    "Host",
+    "Keys",
+    "Method",
+    "check_linen_module",
+    "check_variables",
+    "default_mutable",
+]
 
-# What a call with the default filter leaves alone: what optimizers and users change, and what is
-# recorded only on request.
-_NOT_STATISTICS = ("params", "perturbations", "intermediates")
 
-
-class Host(Node):
+class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx.Module.
     """Runs a Linen module, with its variables as a tree of NNX modules and Variables.
 
     It is an `nnx.Module`: `nnx.split`, `nnx.state`, `nnx.jit`, `nnx.grad`, `nnx.Optimizer` and
-    the transforms of `lifted` take it. Fields of the Linen module are read, and its methods called,
-    as on the module itself (`model.features`, `model.encode(x)`), unless a variable, a submodule or
-    an attribute of `nnx.Module` has that name; then a method is called by
-    `model(x, method='encode')`.
+    the transforms of `lifted` take it. Every submodule is a `Node`, which shows its Linen class and
+    its fields and is called like it (`model.encoder(x)`, `model.encode(x)`), and which an NNX
+    module may replace (`model.encoder = MyEncoder(...)`).
 
     Args:
       module: The Linen module, not bound. Its program is what is run.
@@ -49,6 +52,9 @@ class Host(Node):
       mutable: The collections that a call may change, as for `module.apply`. By default, every one
         the model has but `params`, `perturbations` and `intermediates`, so statistics and caches
         update by themselves.
+      training: Which arguments or fields `train()` and `eval()` set, with their values in training:
+        `{"deterministic": False}`. By default they are found by their names; see
+        `Node.training_arguments`.
 
     Raises:
       TypeError: `module` is no Linen module, or `variables` are not nested by collection.
@@ -57,9 +63,15 @@ class Host(Node):
         >>> import jax.numpy as jnp
         >>> module, x = nn.Dense(3), jnp.ones((2, 4))
         >>> model = Host(module, module.init(jax.random.key(0), x))
-        >>> model.kernel.shape, model(x).shape
-        ((4, 3), (2, 3))
+        >>> model.kernel.shape, model.features, model(x).shape
+        ((4, 3), 3, (2, 3))
     """
+
+    def __new__(cls, module: nn.Module | None = None, *args: Any, **kwargs: Any) -> Host:
+        """An instance of the subclass that is called like the Linen class."""
+        if cls._base is None:
+            return object.__new__(node_type(type(check_linen_module(module)), cls))
+        return object.__new__(cls)  # A copy.
 
     def __init__(
         self,
@@ -68,9 +80,17 @@ class Host(Node):
         *,
         rngs: nnx.Rngs | Mapping[str, jax.Array] | None = None,
         mutable: CollectionFilter | None = None,
+        training: Mapping[str, bool] | None = None,
+        _layout: Layout | None = None,
     ) -> None:
-        self._linen = _Program(check_linen_module(module), mutable)
-        self._linen_rngs = rngs if rngs is None or isinstance(rngs, nnx.Rngs) else nnx.Rngs(**rngs)
+        layout = (
+            Layout.of_setup(check_linen_module(module), variables) if _layout is None else _layout
+        )
+        put(self, "_linen", Place(Program(module, mutable, training, layout), ()))
+        streams = rngs if rngs is None or isinstance(rngs, nnx.Rngs) else nnx.Rngs(**rngs)
+        put(self, "_linen_rngs", streams)
+        for path in sorted(layout.submodules, key=len):
+            node_at(self, path)
         fill(self, variables)
 
     @classmethod
@@ -81,9 +101,13 @@ class Host(Node):
         *args: Any,
         method: Method = None,
         mutable: CollectionFilter | None = None,
+        training: Mapping[str, bool] | None = None,
         **kwargs: Any,
     ) -> Host:
         """A host with new variables, the numbers those of `module.init(rngs, *args, **kwargs)`.
+
+        Under `nnx.eval_shape` the variables are abstract; under `nnx.jit` they are made where
+        their shardings say.
 
         Args:
           module: The Linen module.
@@ -92,6 +116,7 @@ class Host(Node):
           *args: Sample inputs.
           method: The method to run, as for `module.init`.
           mutable: See `Host`.
+          training: See `Host`.
           **kwargs: Sample inputs by keyword.
 
         Raises:
@@ -102,93 +127,14 @@ class Host(Node):
             >>> Host.init(nn.Dense(3), jax.random.key(0), x).bias.shape
             (3,)
         """
-        keys = _draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
-        with called_modules() as paths:
-            variables = check_linen_module(module).init(keys, *args, method=method, **kwargs)
+        check_linen_module(module)
+        keys = draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
+        layout = Layout()
+        with layout.watching():
+            variables = module.init(keys, *args, method=method, **kwargs)
         streams = rngs if isinstance(rngs, nnx.Rngs | Mapping) else {"params": rngs}
-        host = cls(module, variables, rngs=streams, mutable=mutable)
-        for path in paths:
-            node_at(host, path)
-        return host
-
-    def __call__(
-        self,
-        *args: Any,
-        rngs: Keys | nnx.Rngs | None = None,
-        method: Method = None,
-        mutable: CollectionFilter | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Runs the Linen module and keeps what it changed.
-
-        Args:
-          *args: Arguments of the Linen method.
-          rngs: Keys for this call alone, as for `module.apply`, or `nnx.Rngs` to draw them from.
-          method: The Linen method, as for `module.apply`.
-          mutable: The collections that this call may change; `False` for none. What is sown into
-            `intermediates` is that of the last call that was allowed to.
-          **kwargs: Further arguments of the Linen method.
-
-        Returns:
-          What the Linen method returns. Changed variables are in the model, not in the result.
-        """
-        if rngs is None:
-            rngs = self._linen_rngs
-        captured = recorded(self)
-        variables = read(self)
-        # Sown values are a record of one call, so they are no input of the next.
-        variables.pop("intermediates", None)
-        changeable = self._linen.mutable_collections(mutable, variables)
-        variables = {**{c: v for c, v in variables.items() if c not in captured}, **captured}
-        with called_modules(bool(captured)) as paths:
-            result = self._linen.module.apply(
-                variables,
-                *args,
-                rngs=_draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs,
-                method=method,
-                mutable=union_filters(changeable, list(captured)) if captured else changeable,
-                **kwargs,
-            )
-        if changeable is False and not captured:
-            return result
-        output, updates = result
-        deposit(self, {c: updates.pop(c) for c in captured if c in updates}, paths)
-        if in_filter(changeable, "intermediates") and "intermediates" not in captured:
-            updates = {"intermediates": {}, **updates}
-        write(self, updates)
-        return output
-
-    def __getattr__(self, name: str) -> Any:
-        # Only for what is neither a variable, a submodule nor an attribute of nnx.Module.
-        program = None if name.startswith("__") else vars(self).get("_linen")
-        if program is None:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self)
-        if name in program.fields:
-            return getattr(program.module, name)
-        if callable(method := getattr(type(program.module), name, None)):
-            return functools.partial(self, method=method)
-        raise AttributeError(
-            f"the hosted {program!r} has no variable, submodule, field or method {name!r}",
-            name=name,
-            obj=self,
-        )
-
-
-def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
-    """The Linen module of a host and its variables as they are now: the inverse of `Host`.
-
-    Example:
-        >>> x = jax.numpy.ones((2, 4))
-        >>> module, variables = unhost(Host.init(nn.Dense(3), jax.random.key(0), x))
-        >>> module.apply(variables, x).shape
-        (2, 3)
-    """
-    return model._linen.module, read(model)
-
-
-def default_mutable(variables: Variables) -> CollectionFilter:
-    """The collections that a call of a host may change where nobody said which."""
-    return [name for name in variables if name not in _NOT_STATISTICS] or False
+        options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
+        return cls(module, variables, rngs=streams, **options)
 
 
 def check_linen_module(module: Any) -> nn.Module:
@@ -210,44 +156,33 @@ def check_linen_module(module: Any) -> nn.Module:
     )
 
 
-class _Program:
-    """What is static in a host: equal programs need one compilation only."""
+def check_variables(
+    model: Host, *args: Any, method: Method = None, finite: bool = True, **kwargs: Any
+) -> None:
+    """Checks that a host holds the variables of its module, and that they are finite.
 
-    def __init__(self, module: nn.Module, mutable: CollectionFilter | None) -> None:
-        self.module = module
-        self.fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
-        self._mutable = mutable
+    Use it after loading weights. A call checks what it needs by itself, but not what is there
+    without need, nor values.
 
-    def mutable_collections(
-        self, override: CollectionFilter | None, variables: Variables
-    ) -> CollectionFilter:
-        chosen = self._mutable if override is None else override
-        return default_mutable(variables) if chosen is None else chosen
+    Args:
+      model: The host.
+      *args: Sample inputs, as for `Host.init`.
+      method: The method that they are for.
+      finite: Whether NaNs and infinities are errors.
+      **kwargs: Sample inputs by keyword.
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Program):
-            return NotImplemented
-        if self.module is other.module:
-            return self._mutable == other._mutable
-        # A module that cannot be hashed (it may hold arrays) cannot be compared safely either.
-        return hash(self) == hash(other) and (self.module, self._mutable) == (
-            other.module,
-            other._mutable,
-        )
+    Raises:
+      ValueError: Variables are missing, belong to another module, have another shape, or are not
+        finite; each is named.
 
-    def __hash__(self) -> int:
-        try:
-            return hash(self.module)
-        except TypeError:
-            return id(self.module)
-
-    def __repr__(self) -> str:
-        return type(self.module).__name__
-
-
-def _draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:
-    # Not by `rngs.items()`: `nnx.tabulate` compiles every public method, and it is a generator.
-    keys = {name: rngs[name]() for name in rngs}
-    if "default" in keys:
-        keys.setdefault("params", keys.pop("default"))
-    return keys
+    Example:
+        >>> module, x = nn.Dense(3), jax.numpy.ones((2, 4))
+        >>> check_variables(Host.init(module, jax.random.key(0), x), x)
+    """
+    found = contents(model)
+    variables, module = found.read(), slots(model)["_linen"].program.module
+    native = frozenset(found.replacements)
+    lines = differences(module, variables, args, kwargs, method, native)
+    lines += not_finite(variables) if finite else []
+    if lines:
+        raise ValueError("\n".join([f"the variables of {type(module).__name__}:", *lines]))

@@ -1,115 +1,229 @@
 """The tree of a hosted model: where its variables are, and how they are written.
 
-A node has an attribute for each variable of its Linen module and for each submodule. What else a
-host keeps in attributes is no node and no Variable, so it is not seen here.
+A level has an attribute for each variable of its Linen module and for each submodule. Any other
+NNX module in the place of a submodule is its replacement: its Variables are variables of Linen too,
+at the path of the submodule. What else a host keeps in attributes is not seen here.
+
+Names of attributes are those of Linen, with one more underscore at the end where NNX modules or
+hosts have an attribute of that name themselves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
+from nnx_bridge import _flax_private
 from nnx_bridge._collections import (
     Path,
     Variables,
     flatten,
     free_name,
-    from_variable,
-    linen_path,
+    linen_entry,
     nest,
     renamed,
     set_variable,
     to_flat_state,
     to_variable,
 )
+from nnx_bridge.host._program import Place
 
-OWN_ATTRIBUTES = ("_linen", "_linen_rngs")
+Items = list[tuple[Path, nnx.Variable[Any]]]
 
 
-class Node(nnx.Module):
+class Level(nnx.Module):
     """One level of a hosted model: the variables of one Linen module, and its submodules."""
 
+    _linen: Place
 
-def fill(root: Node, variables: Variables) -> None:
+    def _new_level(self, name: str) -> Level:
+        """A new level for the submodule of this name."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Contents:
+    """What stands in a tree.
+
+    Attributes:
+      variables: the Variables by their paths in Linen, `(collection, *modules, name)`.
+      values: their values, as Linen keeps them.
+      replacements: the NNX modules that replace submodules, by the paths of these.
+    """
+
+    variables: Items = dataclasses.field(default_factory=list)
+    values: list[Any] = dataclasses.field(default_factory=list)
+    replacements: dict[Path, nnx.Module] = dataclasses.field(default_factory=dict)
+    _collections: dict[Any, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, path: Path, variable: nnx.Variable[Any]) -> None:
+        """Adds the Variable that stands at ``path``."""
+        place, value = linen_entry(path, variable, self._collections)
+        self.variables.append((place, variable))
+        self.values.append(value)
+
+    def read(self) -> dict[str, Any]:
+        """The variables, as Linen keeps them."""
+        return nest(
+            (path, value) for (path, _), value in zip(self.variables, self.values, strict=True)
+        )
+
+
+def slots(node: nnx.Module) -> dict[str, Any]:
+    """The attributes of a module, without what looking them up does besides."""
+    attributes: dict[str, Any] = object.__getattribute__(node, "__dict__")
+    return attributes
+
+
+def put(node: Level, attribute: str, value: Any) -> None:
+    """Sets an attribute, which need not be known yet."""
+    nnx.Module.__setattr__(node, attribute, value)
+
+
+def contents(root: nnx.Module) -> Contents:
+    """What stands in the tree of ``root``, or in a replacement, by paths that begin there."""
+    found = Contents()
+    if isinstance(root, Level):
+        _collect(root, (), found)
+    else:
+        found.replacements[()] = root
+    for path, module in found.replacements.items():
+        _, paths, leaves, _ = _flax_private.flatten(module)
+        for inner, leaf in zip(paths, leaves, strict=True):
+            # What it records is no variable of the model.
+            if isinstance(leaf, nnx.Variable) and not _flax_private.is_captured(inner):
+                found.add((*path, *map(str, inner)), leaf)
+    return found
+
+
+def _collect(node: Level, path: Path, found: Contents) -> None:
+    attributes = slots(node)
+    place: Place = attributes["_linen"]
+    for attribute, value in attributes.items():
+        if attribute in _NO_PARTS:
+            continue
+        # By the classes, since `isinstance` takes as long as reading the Variable.
+        kinds = type(value).__mro__
+        if nnx.Variable in kinds:
+            found.add((*path, unescaped(attribute)), value)
+        elif nnx.Module in kinds:
+            name = unescaped(attribute)
+            if _is_part(value, place, name):
+                _collect(value, (*path, name), found)
+            else:
+                found.replacements[(*path, name)] = value
+
+
+def _is_part(value: nnx.Module, place: Place, name: str) -> bool:
+    """Whether a module is the level of the submodule ``name`` of the module at ``place``."""
+    if Level not in type(value).__mro__:
+        return False
+    own: Place = slots(value)["_linen"]
+    same = own.program is place.program or own.program == place.program
+    return same and own.path == (*place.path, name)
+
+
+def nodes(node: nnx.Module, path: Path = ()) -> Iterator[tuple[Path, nnx.Module]]:
+    """The modules of the tree by their paths in Linen, those inside of replacements included."""
+    if not isinstance(node, Level):
+        for inner, module in nnx.iter_modules(node, graph=True):
+            yield (*path, *map(str, inner)), module
+        return
+    yield path, node
+    for attribute, value in slots(node).items():
+        if isinstance(value, nnx.Module) and attribute not in OWN_ATTRIBUTES:
+            name = unescaped(attribute)
+            if _is_part(value, slots(node)["_linen"], name):
+                yield from nodes(value, (*path, name))
+            else:
+                for inner, module in nnx.iter_modules(value, graph=True):
+                    yield (*path, name, *map(str, inner)), module
+
+
+def fill(root: Level, variables: Variables) -> None:
     """Puts variables into an empty tree."""
     for path, variable in to_flat_state(variables):
-        setattr(node_at(root, path[:-1]), _escaped(path[-1]), variable)
+        put(node_at(root, path[:-1]), escaped(path[-1]), variable)
 
 
-def nodes(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-    """The nodes of the tree by the paths of their Linen modules."""
-    yield path, node
-    for attribute, value in vars(node).items():
-        if isinstance(value, Node):
-            yield from nodes(value, (*path, _unescaped(attribute)))
-
-
-def items(node: Node, path: Path = ()) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
-    """The Variables of the tree by their paths in Linen."""
-    for attribute, value in vars(node).items():
-        name = _unescaped(attribute)
-        if isinstance(value, nnx.Variable):
-            yield linen_path((*path, name), value), value
-        elif isinstance(value, Node):
-            yield from items(value, (*path, name))
-
-
-def read(root: Node) -> dict[str, Any]:
-    """The variables of the tree, as Linen keeps them."""
-    return nest((path, from_variable(variable)) for path, variable in items(root))
-
-
-def write(root: Node, updates: Variables) -> None:
+def write(root: nnx.Module, found: Contents, before: Variables, updates: Variables) -> None:
     """Writes updated collections into the tree, with new Variables for what is new.
 
     What is sown is replaced as a whole: values of an earlier call are removed.
+
+    Args:
+      root: the tree.
+      found: its contents before the call.
+      before: the variables that the call was given; what it left alone is not written, since a
+        Variable may stand at several paths.
+      updates: what the call returned.
     """
-    held = dict(items(root))
+    held = dict(found.variables)
+    given = dict(flatten({c: tree for c, tree in before.items() if c in updates}))
     new = dict(flatten(updates))
     for path, value in new.items():
-        if path in held:
-            set_variable(held[path], value)
-        else:
+        if path not in held:
+            assert isinstance(root, Level)  # A replacement makes no new variables.
             _add(root, path, value)
+        elif value is not given.get(path):
+            set_variable(held[path], value)
     if "intermediates" in updates:
         for path in held.keys() - new.keys():
-            if path[0] == "intermediates":
+            if path[0] == "intermediates" and isinstance(root, Level):
                 _remove(node_at(root, path[1:-1]), held[path])
 
 
-def _add(root: Node, path: Path, value: Any) -> None:
+def _add(root: Level, path: Path, value: Any) -> None:
     collection, *modules, name = path
     node = node_at(root, tuple(modules))
-    attribute = free_name(collection, name, vars(node))
+    attribute = free_name(collection, name, slots(node))
     variable = to_variable(collection, value)
-    setattr(node, _escaped(attribute), renamed(variable, name, attribute))
+    put(node, escaped(attribute), renamed(variable, name, attribute))
 
 
-def _remove(node: Node, variable: nnx.Variable[Any]) -> None:
-    delattr(node, next(name for name, value in vars(node).items() if value is variable))
+def _remove(node: Level, variable: nnx.Variable[Any]) -> None:
+    delattr(node, next(name for name, value in slots(node).items() if value is variable))
 
 
-def node_at(root: Node, path: Path) -> Node:
-    """The node of a submodule, which is made where there is none."""
-    for name in map(_escaped, path):
-        if name not in vars(root):
-            setattr(root, name, Node())
-        root = vars(root)[name]
+def find(root: nnx.Module, path: Path) -> nnx.Module | None:
+    """The level of a submodule, or its replacement; None where there is none."""
+    for name in path:
+        child = slots(root).get(escaped(name)) if isinstance(root, Level) else None
+        if not isinstance(child, nnx.Module):
+            return None
+        root = child
     return root
 
 
-# Names that the attributes of hosts themselves have get one more underscore at the end.
+def node_at(root: Level, path: Path) -> Level:
+    """The level of a submodule, which is made where there is none."""
+    for name in path:
+        attribute = escaped(name)
+        if attribute not in slots(root):
+            put(root, attribute, root._new_level(name))
+        root = slots(root)[attribute]
+    return root
 
 
-def _is_own(name: str) -> bool:
-    return name.rstrip("_") in OWN_ATTRIBUTES or name.startswith("_pytree__")
+OWN_ATTRIBUTES = ("_linen", "_linen_rngs", "_linen_mode")
+# With the attributes in which NNX keeps its own books: those that are no parts of a level.
+_NO_PARTS = {*OWN_ATTRIBUTES, *vars(nnx.Module())}
+# Classes enter here the names of their attributes, which submodules and variables cannot have.
+RESERVED = set(OWN_ATTRIBUTES)
 
 
-def _escaped(name: str) -> str:
-    return f"{name}_" if _is_own(name) else name
+def _is_reserved(name: str) -> bool:
+    return name.rstrip("_") in RESERVED or name.startswith(("_pytree__", "__"))
 
 
-def _unescaped(attribute: str) -> str:
-    return attribute[:-1] if _is_own(attribute) and attribute.endswith("_") else attribute
+def escaped(name: str) -> str:
+    """The attribute of a submodule or variable with this name in Linen."""
+    return f"{name}_" if _is_reserved(name) else name
+
+
+def unescaped(attribute: str) -> str:
+    """The name in Linen of what stands in this attribute, the inverse of `escaped`."""
+    return attribute[:-1] if attribute.endswith("_") and _is_reserved(attribute) else attribute

@@ -16,7 +16,7 @@ import lifted
 from examples.small_model import mlp
 from nnx_bridge import Case, CaseError, Verdict, check
 from nnx_bridge.equivalence._check import STEPS
-from nnx_bridge.host import _host
+from nnx_bridge.host import _frame
 
 X = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(4, 3)
 
@@ -118,7 +118,7 @@ def test_a_module_that_is_another_program_each_time_is_found_out() -> None:
 
 
 def test_a_host_that_forgets_statistics_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "write", lambda root, updates: None)
+    monkeypatch.setattr(_frame, "write", lambda *args: None)
     failures = check(mlp()).failures
     assert {(row.what, row.route) for row in failures} == {
         ("state", "lifted on NNX"),

@@ -1,0 +1,274 @@
+"""What is known of the Linen modules of a model: at which path which module, and what it returns.
+
+Submodules of a `compact` method exist only while it runs, those of `setup` once a module is bound.
+So they are noted when they are seen, without what binds them to that moment: as modules that can be
+bound again. A module that was given to another one (a cell to an RNN, one embedding to encoder and
+decoder) is noted there by its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import errors
+from flax import linen as nn
+
+from lifted._errors import path_text
+from nnx_bridge._collections import Path
+
+Shapes = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Stands in the field of a module for another module of the model."""
+
+    path: Path
+
+    def __repr__(self) -> str:
+        return f"<the module {path_text(self.path)}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Submodule:
+    """One Linen module of a model.
+
+    Attributes:
+      kind: its class.
+      fields: its dataclass fields, as far as they outlive the call that made it.
+      module: the module, not bound; None where a field does not outlive the call.
+      unknown: the names of those fields.
+    """
+
+    kind: type[nn.Module]
+    fields: dict[str, Any]
+    module: nn.Module | None
+    unknown: tuple[str, ...] = ()
+
+
+class Layout:
+    """The Linen modules of a model by their paths, and the shapes that their methods returned.
+
+    Attributes:
+      submodules: by path; the model itself is at `()`.
+      returned: by path, name of the method, and shapes of the arguments.
+      complete: whether a call has been watched from beginning to end.
+    """
+
+    def __init__(self) -> None:
+        self.submodules: dict[Path, Submodule] = {}
+        self.returned: dict[tuple[Path, str, Shapes], Shapes] = {}
+        self.complete = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Notes the modules whose methods run in this context."""
+
+        def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            path, method = path_of(context.module), context.method_name
+            if path is None or method in NOT_CALLED:
+                return call(*args, **kwargs)
+            arguments = shapes((args, kwargs))
+            result = call(*args, **kwargs)
+            # After the call: what `setup` makes is there now.
+            self.note(context.module)
+            self.returned.setdefault((path, method, arguments), shapes(result))
+            return result
+
+        with nn.intercept_methods(note):
+            yield
+        self.complete = True
+
+    def note(self, module: nn.Module) -> None:
+        """Notes a bound module and those that its `setup` made."""
+        path = path_of(module)
+        if path is None:
+            return
+        # Of two modules that share a scope the outer one is noted last.
+        self.submodules[path] = unbound(module)
+        for child in _below(module):
+            if path_of(child) not in self.submodules:
+                self.note(child)
+
+    @classmethod
+    def of_setup(cls, module: nn.Module, variables: Any) -> Layout:
+        """What can be found without inputs: the modules that `setup` makes."""
+        layout = cls()
+
+        def note(bound: nn.Module) -> None:
+            waiting = [bound]
+            while waiting:
+                found = waiting.pop()
+                dir(found)  # Runs `setup`.
+                layout.note(found)
+                waiting += _below(found)
+
+        def run(variables: Any) -> None:
+            # In a method: outside, modules that `setup` gives to others are taken for theirs.
+            module.apply(variables, method=note, mutable=True)
+
+        try:
+            jax.eval_shape(run, variables)
+        except (errors.FlaxError, AttributeError, KeyError, TypeError, ValueError):
+            # Its `setup` needs what is not there; the first call will say what.
+            return cls()
+        return layout
+
+    def children(self, path: Path) -> list[str]:
+        """Names of the modules below the one at ``path``."""
+        depth = len(path)
+        return [p[-1] for p in self.submodules if len(p) == depth + 1 and p[:depth] == path]
+
+
+# Flax runs these by itself, to set a module up and to see whether it can be.
+NOT_CALLED = ("setup", "<lambda>")
+
+
+def path_of(module: Any) -> Path | None:
+    """The path of the variables of a bound module; None of a module that is not bound.
+
+    It is not always `module.path`: below a module that shares its scope (`nn.share_scope`), that is
+    the path which the module would have had.
+    """
+    scope, names = module.scope, []
+    if scope is None:
+        return None
+    while scope.parent is not None:
+        names.append(scope.name)
+        scope = scope.parent
+    return (*scope.path, *reversed(names))
+
+
+def shapes(tree: Any) -> Shapes:
+    """The shapes of the arrays of a pytree by their paths; None for what is no array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple(
+        (jax.tree_util.keystr(path), np.shape(x) if hasattr(x, "shape") else None)
+        for path, x in leaves
+    )
+
+
+def unbound(module: nn.Module) -> Submodule:
+    """A bound module as one that can be bound again."""
+    own = path_of(module) or ()
+    made: dict[int, nn.Module] = {}
+    unknown: list[str] = []
+    fields = {}
+    for name, value in _fields(module):
+        try:
+            fields[name] = _map_modules(value, lambda x: _released(x, own, made))
+        except _TemporaryError:
+            unknown.append(name)
+    if unknown:
+        return Submodule(type(module), fields, None, tuple(unknown))
+    return Submodule(type(module), fields, type(module)(parent=None, **fields))
+
+
+def bind(module: nn.Module, scope: Any, resolve: Callable[[Path], nn.Module]) -> nn.Module:
+    """A module of `unbound`, bound.
+
+    Args:
+      module: the module.
+      scope: its scope.
+      resolve: gives the bound module that a reference stands for.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def fresh(value: Any) -> Any:
+        if isinstance(value, Reference):
+            return resolve(value.path)
+        if not _is_module(value):
+            return value
+        if id(value) not in made:
+            made[id(value)] = value.clone(**{n: _map_modules(v, fresh) for n, v in _fields(value)})
+        return made[id(value)]
+
+    fields = {name: _map_modules(value, fresh) for name, value in _fields(module)}
+    # Linen adopts modules without a name: one that was given to others would move to them.
+    return module.clone(parent=scope, name=scope.name, **fields)
+
+
+def given_module(module: nn.Module, path: Path) -> nn.Module | None:
+    """The module at ``path`` that a bound module was given from outside; None where it was not."""
+    own = path_of(module) or ()
+    if path[: len(own)] == own:
+        return None
+    waiting = [module]
+    while waiting:
+        values = [value for _, value in _fields(waiting.pop())]
+        for inner in filter(_is_module, jax.tree.leaves(values, is_leaf=_is_module)):
+            if path_of(inner) == path:
+                return inner
+            waiting.append(inner)
+    return None
+
+
+class _TemporaryError(Exception):
+    """A value does not outlive the call in which it was seen."""
+
+
+def _released(value: Any, own: Path, made: dict[int, nn.Module]) -> Any:
+    """A value of a field of the module at ``own`` without what binds it to a call."""
+    if isinstance(value, jax.core.Tracer):
+        raise _TemporaryError
+    if not _is_module(value):
+        if any(_is_temporary(cell) for cell in _closed_over(value)):
+            raise _TemporaryError
+        return value
+    path = path_of(value)
+    if path is not None and path[: len(own)] != own:
+        return Reference(path)
+    if path is not None and len(path) <= len(own):
+        raise _TemporaryError  # The module itself, or one that shares its scope.
+    if id(value) not in made:
+        fields = {n: _map_modules(v, lambda x: _released(x, own, made)) for n, v in _fields(value)}
+        made[id(value)] = type(value)(parent=None, name=value.name, **fields)
+    return made[id(value)]
+
+
+def _below(module: nn.Module) -> list[nn.Module]:
+    """The modules among the attributes of a bound module that are bound below it."""
+    own = path_of(module) or ()
+    values = jax.tree.leaves(list(vars(module).values()), is_leaf=_is_module)
+    bound = [(path_of(m), m) for m in values if _is_module(m)]
+    return [m for p, m in bound if p is not None and len(p) > len(own) and p[: len(own)] == own]
+
+
+def _closed_over(function: Any) -> list[Any]:
+    if not inspect.isfunction(function):
+        return []
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+
+
+def _is_temporary(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer) or (_is_module(value) and value.scope is not None)
+
+
+def _fields(module: nn.Module) -> list[tuple[str, Any]]:
+    fields = dataclasses.fields(module)
+    return [(f.name, getattr(module, f.name)) for f in fields if f.init and f.name not in _LINENS]
+
+
+def _map_modules(value: Any, fn: Callable[[Any], Any]) -> Any:
+    """``fn`` of the leaves of a field; the same object where nothing changes."""
+    leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: x is None or _is_module(x))
+    mapped = [fn(leaf) for leaf in leaves]
+    if all(a is b for a, b in zip(leaves, mapped, strict=True)):
+        return value
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
+
+
+# Fields of every Linen module.
+_LINENS = ("parent", "name")
+_EMPTY = types.CellType()

@@ -1,0 +1,94 @@
+"""Training and evaluation: which argument or field of a Linen module says which of both it is.
+
+Linen has no mode of its own; every model has its own argument or field for it. It is found by its
+name in the signature of the method that is called, or among the fields of the module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+from flax import linen as nn
+
+# The names by which Linen models ask for the mode, with their values in training.
+NAMES = {
+    **dict.fromkeys(("train", "training", "is_training", "is_train", "train_mode"), True),
+    **dict.fromkeys(("deterministic", "use_running_average", "inference", "inference_mode"), False),
+    **dict.fromkeys(("is_inference", "eval", "eval_mode", "is_eval", "evaluate"), False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What says the mode of one method of one module.
+
+    Attributes:
+      arguments: the arguments of the method, with their values in training.
+      fields: the fields of the module, with their values in training.
+    """
+
+    arguments: dict[str, bool]
+    fields: dict[str, bool]
+
+    def values(self, training: bool) -> Mode:
+        """The values in training, or in evaluation."""
+        of = lambda names: {n: value is training for n, value in names.items()}  # noqa: E731
+        return Mode(of(self.arguments), of(self.fields))
+
+
+def find_mode(
+    module: nn.Module,
+    method: Callable[..., Any],
+    chosen: Mapping[str, bool] | None,
+    passed: Set[str] = frozenset(),
+) -> Mode:
+    """What says the mode when ``method`` of ``module`` is called.
+
+    Args:
+      module: the module.
+      method: its method, or a function of the module and further arguments.
+      chosen: the names to look for, with their values in training; by default `NAMES`.
+      passed: the arguments that the call passes itself; one that says the mode wins.
+
+    Raises:
+      ValueError: nothing was chosen, and several names are found.
+    """
+    names = NAMES if chosen is None else chosen
+    arguments = {n: names[n] for n in names if n in parameters(method)}
+    fields = {
+        f.name: names[f.name]
+        for f in dataclasses.fields(module)
+        # Linen's own layers have one name for both, of which the field wins if it is given.
+        if f.name in names and (f.name not in arguments or getattr(module, f.name) is not None)
+    }
+    arguments = {n: value for n, value in arguments.items() if n not in fields}
+    if passed & names.keys():
+        return Mode({}, {})
+    if chosen is None and len(arguments) + len(fields) > 1:
+        found = [f"argument {n!r}" for n in arguments] + [f"field {n!r}" for n in fields]
+        example = ", ".join(f"{n!r}: {value}" for n, value in {**arguments, **fields}.items())
+        raise ValueError(
+            f"{type(module).__name__}: train() and eval() find several names for the mode: "
+            f"{', '.join(found)}. Say which of them to set, with their values in training, where "
+            f"the host is made: Host(..., training={{{example}}}); or pass one in the call."
+        )
+    return Mode(arguments, fields)
+
+
+@functools.lru_cache(maxsize=4096)
+def parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function by name; none where Python cannot tell."""
+    try:
+        return inspect.signature(method).parameters
+    except (TypeError, ValueError):  # Functions written in C have no signature.
+        return {}
+
+
+def given(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
+    """The names of the arguments that a call passes; ``method`` takes the module before them."""
+    positional = list(parameters(method))[1 : len(args) + 1]
+    return {*positional, *kwargs}

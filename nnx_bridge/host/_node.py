@@ -1,0 +1,275 @@
+"""The nodes of a hosted model: NNX modules that show, and run, the Linen modules they stand for."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+from flax import linen as nn
+from flax import nnx
+from flax.core.scope import CollectionFilter
+
+from lifted._errors import path_text, suggestion
+from nnx_bridge import _flax_private
+from nnx_bridge.host._calls import Call, Keys, Method, call, method_of
+from nnx_bridge.host._modes import find_mode
+from nnx_bridge.host._program import Place
+from nnx_bridge.host._tree import OWN_ATTRIBUTES, RESERVED, Level, escaped, put, slots, unescaped
+
+# From which node each node was last reached, so that one which is called by itself finds the keys
+# and the modules of the model that it is a part of.
+_reached: weakref.WeakKeyDictionary[Level, weakref.ref[Level]] = weakref.WeakKeyDictionary()
+
+
+class NodeType(type(nnx.Module)):  # type: ignore[misc]
+    """The type of the classes of nodes, which are found again by the Linen class they stand for."""
+
+
+class Node(Level, metaclass=NodeType):
+    """One level of a hosted model: the variables of one Linen module, and its submodules.
+
+    It is called as its Linen module is, with any method: `model.encoder(x)`,
+    `model.encoder.attend(x)`. The fields of the Linen module are its attributes. Where a name of
+    Linen is that of an attribute of NNX modules (`train`, `eval`, `sow`, ...), the attribute has
+    one more underscore (`model.train_`); `model["train"]` takes Linen's names.
+
+    Assigning an NNX module to the attribute of a submodule replaces it: the model calls the NNX
+    module from then on.
+    """
+
+    # Of the classes that `node_type` makes: the Linen class, weakly, and the class it derives from.
+    _kind: ClassVar[weakref.ref[type[nn.Module]] | None] = None
+    _base: ClassVar[Any] = None
+
+    def __call__(
+        self,
+        *args: Any,
+        rngs: Keys | nnx.Rngs | None = None,
+        method: Method = None,
+        mutable: CollectionFilter | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the Linen module and keeps what it changed.
+
+        Args:
+          *args: Arguments of the Linen method.
+          rngs: Keys for this call alone, as for `module.apply`, or `nnx.Rngs` to draw them from; by
+            default the streams of the host.
+          method: The Linen method, as for `module.apply`.
+          mutable: The collections that this call may change; `False` for none. What is sown into
+            `intermediates` is that of the last call that was allowed to.
+          **kwargs: Further arguments of the Linen method.
+
+        Returns:
+          What the Linen method returns. Changed variables are in the model, not in the result.
+
+        Raises:
+          ValueError: The module of the node is not known, or needs one that cannot be reached.
+        """
+        return call(top_of(self), self, Call(args, kwargs, rngs, method, mutable))
+
+    @property
+    def deterministic(self) -> bool | None:
+        """Whether the node is in evaluation mode; None where neither mode was chosen."""
+        training = slots(self).get("_linen_mode")
+        return (
+            slots(self)["_linen"].fields.get("deterministic") if training is None else not training
+        )
+
+    @property
+    def use_running_average(self) -> bool | None:
+        """As `deterministic`."""
+        return self._evaluates("use_running_average")
+
+    def _evaluates(self, field: str) -> bool | None:
+        training = slots(self).get("_linen_mode")
+        return slots(self)["_linen"].fields.get(field) if training is None else not training
+
+    @property
+    def training_arguments(self) -> dict[str, bool]:
+        """The argument of `__call__` or the field that `train()` and `eval()` set, with its value
+        in training; empty where the module has none.
+
+        Raises:
+          ValueError: There are several, and none was chosen.
+        """
+        place: Place = slots(self)["_linen"]
+        known = place.program.layout.submodules.get(place.path)
+        module = place.program.module if not place.path else known and known.module
+        if not module:
+            return {}
+        mode = find_mode(module, method_of(module, None), place.program.training)
+        return {**mode.arguments, **mode.fields}
+
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> None:
+        """Sets the mode, for `nnx.view`."""
+        for value in (deterministic, use_running_average):
+            if value is not None:
+                put(self, "_linen_mode", not value)
+
+    def _new_level(self, name: str) -> Node:
+        place: Place = slots(self)["_linen"]
+        return make(Node, Place(place.program, (*place.path, name)))
+
+    def __getitem__(self, name: str) -> Any:
+        """The variable, submodule or field of this name in Linen."""
+        if escaped(name) in slots(self):
+            value = slots(self)[escaped(name)]
+            return getattr(self, escaped(name)) if isinstance(value, Node) else value
+        fields = slots(self)["_linen"].fields
+        if name in fields:
+            return fields[name]
+        raise KeyError(f"{type(self).__name__} has no {name!r}; {suggestion(name, _names(self))}")
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.__setattr__(escaped(name), value)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError(f"{type(self).__name__}, a node of a hosted model, cannot be iterated over")
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if isinstance(value, Level):
+            _reached[value] = weakref.ref(self)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is neither a variable, a submodule nor an attribute of nnx.Module.
+        place = None if name.startswith("__") else slots(self).get("_linen")
+        if place is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self)
+        if name in place.fields:
+            return place.fields[name]
+        kind = place.kind
+        found = inspect.getattr_static(kind, name, None)
+        if isinstance(found, staticmethod | classmethod):
+            return getattr(kind, name)
+        if isinstance(found, property | functools.cached_property):
+            known = place.program.layout.submodules.get(place.path)
+            return getattr(known.module if place.path and known else place.program.module, name)
+        if callable(found):
+            return functools.partial(self, method=found)
+        what = "Linen module" if kind is None else kind.__name__
+        raise AttributeError(
+            f"the hosted {what} has no variable, submodule, field or method {name!r}; "
+            f"{suggestion(name, _names(self))}",
+            name=name,
+            obj=self,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        place: Place | None = slots(self).get("_linen")
+        if name in ("deterministic", "use_running_average"):
+            put(self, "_linen_mode", None if value is None else not value)
+        elif place is None or name in OWN_ATTRIBUTES or name.startswith("__"):
+            put(self, name, value)
+        elif isinstance(value, nnx.Module):
+            check_replacement(self, name, value)
+            put(self, name, value)
+        elif name in place.fields and not isinstance(value, nnx.Variable):
+            raise AttributeError(
+                f"{name!r} is a field of the Linen module {path_text(place.path) or 'itself'}, "
+                "which is fixed: host a module that is made with another value"
+            )
+        else:
+            put(self, name, value)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        shown = super().__nnx_repr__()
+        yield next(shown)
+        for name, value in slots(self)["_linen"].fields.items():
+            yield _flax_private.shown_attribute(name, value)
+        yield from shown
+
+
+N = TypeVar("N", bound=Node)
+_types: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def node_type(kind: type[nn.Module] | None, base: type[N]) -> type[N]:
+    """The subclass of ``base`` that has the name of a Linen class; always the same."""
+    if kind is None:
+        return base
+    of_kind = _types.setdefault(kind, {})
+    if base not in of_kind:
+        made: Any = NodeType(kind.__name__, (base,), {"__doc__": kind.__doc__})
+        made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+        # Weakly, so that a class lives no longer than its last user.
+        made._kind, made._base = weakref.ref(kind), base
+        of_kind[base] = made
+    return of_kind[base]
+
+
+def _by_kind(made: Any) -> Any:
+    """How `pickle` finds a class: those of `node_type` are not attributes of their modules."""
+    kind = made._kind and made._kind()
+    return made.__qualname__ if kind is None else (node_type, (kind, made._base))
+
+
+copyreg.pickle(NodeType, _by_kind)
+
+
+def make(base: type[N], place: Place) -> N:
+    """A node without anything below it."""
+    node = node_type(place.kind, base)()
+    put(node, "_linen", place)
+    return node
+
+
+def top_of(node: Level) -> Level:
+    """The highest node from which ``node`` was reached and to which it still belongs."""
+    while True:
+        reference = _reached.get(node)
+        parent = None if reference is None else reference()
+        if parent is None or not any(value is node for value in slots(parent).values()):
+            return node
+        own: Place = slots(node)["_linen"]
+        place: Place = slots(parent)["_linen"]
+        if own.path[:-1] != place.path or own.program != place.program:
+            return node
+        node = parent
+
+
+def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
+    """Checks that a module may stand in the place of the submodule ``name``.
+
+    Raises:
+      AttributeError: There is no such submodule.
+      TypeError: The module cannot be called.
+    """
+    place: Place = slots(node)["_linen"]
+    if name != escaped(unescaped(name)):
+        raise AttributeError(
+            f"{name!r} is an attribute of every NNX module; the submodule of this name is "
+            f"replaced by model[{name!r}] = ..."
+        )
+    submodules = [n for n, x in slots(node).items() if isinstance(x, nnx.Module)]
+    submodules += map(escaped, place.program.layout.children(place.path))
+    if name not in {*submodules} - {*OWN_ATTRIBUTES}:
+        where = path_text(place.path) or type(node).__name__
+        raise AttributeError(
+            f"{where} has no submodule {name!r} that could be replaced; "
+            f"{suggestion(name, {*submodules} - {*OWN_ATTRIBUTES})}"
+        )
+    below = (*place.path, unescaped(name))
+    methods = {method for path, method, _ in place.program.layout.returned if path == below}
+    for method in methods or {"__call__"}:
+        if not callable(getattr(value, method, None)):
+            raise TypeError(
+                f"{path_text(below)}: the model calls its method {method!r}, which its "
+                f"replacement {type(value).__name__} does not have"
+            )
+
+
+def _names(node: Level) -> list[str]:
+    attributes = [n for n, x in slots(node).items() if isinstance(x, nnx.Module | nnx.Variable)]
+    return [*attributes, *slots(node)["_linen"].fields]
+
+
+RESERVED.update(name for name in dir(Node) if not name.startswith("_"))

@@ -1,0 +1,255 @@
+"""Submodules of a Linen model that are replaced by NNX modules while it runs.
+
+The Variables of a replacement are variables of Linen at the path of the submodule. When the model
+calls the submodule, they are read from Linen's scope, the NNX module runs on them, and what it
+changed is written back to the scope. So Linen's own transforms around the submodule (scan, vmap,
+remat, jit) slice and lift them as they do with any variable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from flax.core.scope import Scope
+
+from lifted._errors import describe, path_text
+from lifted._nested import thaw
+from nnx_bridge import _flax_private
+from nnx_bridge._collections import (
+    Path,
+    collection_name,
+    from_variable,
+    linen_path,
+    set_variable,
+)
+from nnx_bridge.functional._snapshot import Snapshot
+from nnx_bridge.host._captures import deposit, recorded, recorded_values
+from nnx_bridge.host._layout import shapes
+
+STACKED = (
+    "init gives an NNX module the values that it has. It cannot do so where a transform of Linen "
+    "around it (nn.scan, nn.vmap, ...) stacks them: take the variables that unhost returns."
+)
+
+
+class Replacement:
+    """An NNX module in the place of the Linen module at ``path``."""
+
+    def __init__(self, path: Path, module: nnx.Module) -> None:
+        self.path = path
+        self.kind = type(module)
+        self._graphdef, self._paths, self._leaves, _ = _flax_private.flatten(module)
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        return f"{path_text(self.path)}, replaced by {self.kind.__name__}"
+
+    def __call__(self, linen: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+        """Calls a method of the module on the variables of the bound Linen module."""
+        scope = linen.scope
+        assert scope is not None
+        # New Variables: what the call writes in place is not the caller's.
+        leaves = jax.tree.map(lambda x: x, self._leaves)
+        given = [self._read(scope, *pair) for pair in zip(self._paths, leaves, strict=True)]
+        copy, nodes, _ = _flax_private.unflatten(self._graphdef, leaves)
+        captured = {id(v) for v in leaves if isinstance(v, nnx.Variable)}
+        before = self._record_from(scope, copy)
+        snapshot = Snapshot(nodes)
+        method = self._method(copy, name, args, kwargs)
+        with _current.pushed(linen):
+            result = method(*args, **kwargs)
+        if not snapshot.holds():
+            self._check_new(copy, captured)
+        for path, variable, value in zip(self._paths, leaves, given, strict=True):
+            self._write(scope, path, variable, value)
+        _record_to(scope, copy, before)
+        return result
+
+    def create(self, scope: Scope) -> None:
+        """Makes the variables while the model of ``scope`` is initialised."""
+        if scope.get_flag("initializing", False):
+            for path, leaf in zip(
+                self._paths, jax.tree.map(lambda x: x, self._leaves), strict=True
+            ):
+                self._read(scope, path, leaf)
+
+    def check_created(self, scope: Scope) -> None:
+        """Checks, after `init` of the model of ``scope``, that the variables have their shapes.
+
+        Raises:
+          ValueError: A transform of Linen around the module has stacked them once more.
+        """
+        for path, leaf in zip(self._paths, self._leaves, strict=True):
+            if not isinstance(leaf, nnx.Variable) or _flax_private.is_captured(path):
+                continue
+            collection, *names = linen_path((*self.path, *map(str, path)), leaf)
+            value: Any = scope.get_variable(collection, names[0])
+            for name in names[1:]:
+                value = None if value is None else value.get(name)
+            if value is not None and shapes(nn.meta.unbox(value)) != shapes(leaf.get_value()):
+                raise ValueError(f"{self.where}: {STACKED}")
+
+    def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
+        method = module if name == "__call__" and callable(module) else getattr(module, name, None)
+        call = f"{name}{listing(args, kwargs)}"
+        if not callable(method):
+            raise TypeError(
+                f"{self.where}: the model calls {call}, but {self.kind.__name__} has no method "
+                f"{name!r}"
+            )
+        signature = inspect.signature(method)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{self.where}: the model calls {call}, but {self.kind.__name__}.{name} takes "
+                f"{signature}: {error}"
+            ) from None
+        return method
+
+    def _read(self, scope: Scope, path: Path, leaf: Any) -> Any:
+        """Puts the value from the scope into the Variable ``leaf``; returns it."""
+        if not isinstance(leaf, nnx.Variable) or _flax_private.is_captured(path):
+            return None
+        collection, *names = place = linen_path(tuple(map(str, path)), leaf)
+        value: Any = scope.get_variable(collection, names[0])
+        for name in names[1:]:
+            value = None if value is None else value.get(name)
+        if value is None:
+            value = self._missing(scope, place, leaf)
+        set_variable(leaf, value)
+        return leaf.get_raw_value()
+
+    def _missing(self, scope: Scope, place: Path, leaf: nnx.Variable[Any]) -> Any:
+        """The value of a variable that the scope does not hold."""
+        collection, *names = place
+        stream = _flax_private.rng_stream(leaf)
+        if scope.get_flag("initializing", False) and scope.is_mutable_collection(collection):
+            value = from_variable(leaf)
+            _put(scope, collection, names, value)
+            return value
+        if stream is not None and (scope.has_rng(stream) or scope.has_rng("params")):
+            # A transform of Linen around it carries no state of NNX's streams, but Linen's own.
+            return _drawn(scope, stream, leaf)
+        raise ValueError(
+            f"{self.where}: its variable {path_text((collection, *self.path, *names))} is not "
+            f"there. A transform of Linen around it (nn.scan, nn.vmap, ...) must carry the "
+            f"collection {collection!r}: name it in its variable_axes, or the like."
+        )
+
+    def _write(self, scope: Scope, path: Path, variable: Any, given: Any) -> None:
+        if not isinstance(variable, nnx.Variable) or _flax_private.is_captured(path):
+            return
+        if variable.get_raw_value() is given:
+            return
+        collection, *names = linen_path(tuple(map(str, path)), variable)
+        if scope.is_mutable_collection(collection) or not isinstance(variable, nnx.RngState):
+            _put(scope, collection, names, from_variable(variable))
+
+    def _record_from(self, scope: Scope, copy: nnx.Module) -> dict[int, dict[str, Any]]:
+        """Starts what the copy records with what the scope holds."""
+        before: dict[int, dict[str, Any]] = {}
+        if _flax_private.captured(copy) is None:
+            return before
+        collections = {c: scope.variables().get(c, {}) for c in recorded(copy)}
+        for _, module in nnx.iter_modules(copy, graph=True):
+            for variable in _flax_private.captured(module) or ():
+                variable.set_value(type(variable.get_value())())
+        deposit(copy, thaw(collections), ())
+        for _, module in nnx.iter_modules(copy, graph=True):
+            for variable in _flax_private.captured(module) or ():
+                before[id(variable)] = recorded_values(variable)
+        return before
+
+    def _check_new(self, copy: nnx.Module, known: set[int]) -> None:
+        """Checks that the call made no new Variables but what it sowed for nobody."""
+        _, paths, leaves, _ = _flax_private.flatten(copy)
+        new = [
+            path_text(path)
+            for path, leaf in zip(paths, leaves, strict=True)
+            if id(leaf) not in known and not isinstance(leaf, nnx.Intermediate | nnx.Perturbation)
+        ]
+        if new:
+            raise ValueError(
+                f"{self.where}: its call makes new state, {', '.join(new)}, which a Linen model "
+                "cannot carry; make it when the module is made"
+            )
+
+
+@dataclasses.dataclass
+class _Current(threading.local):
+    """The Linen modules in whose places NNX modules run, the innermost last."""
+
+    modules: list[nn.Module | None] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def pushed(self, module: nn.Module | None) -> Iterator[None]:
+        self.modules.append(module)
+        try:
+            yield
+        finally:
+            self.modules.pop()
+
+
+_current = _Current()
+
+
+def replaced_module() -> nn.Module | None:
+    """The bound Linen module in whose place an NNX module runs right now."""
+    return _current.modules[-1] if _current.modules else None
+
+
+def no_replaced_module() -> contextlib.AbstractContextManager[None]:
+    """A context in which `replaced_module` finds nothing."""
+    return _current.pushed(None)
+
+
+def _record_to(scope: Scope, copy: nnx.Module, before: dict[int, dict[str, Any]]) -> None:
+    """Writes what the copy has recorded to the scope."""
+    for path, module in nnx.iter_modules(copy, graph=True) if before else ():
+        for variable in _flax_private.captured(module) or ():
+            collection = collection_name(type(variable))
+            for name, value in recorded_values(variable).items():
+                known = before.get(id(variable), {}).get(name)
+                if value is not known and scope.is_mutable_collection(collection):
+                    _put(scope, collection, [*map(str, path), name], value)
+
+
+def _put(scope: Scope, collection: str, names: list[Any], value: Any) -> None:
+    """Writes a variable below the module of a scope."""
+    name, *inner = names
+    if inner:
+        tree = thaw(scope.get_variable(collection, name, {}))
+        branch = tree
+        for key in inner[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[inner[-1]] = value
+        value = tree
+    scope.put_variable(collection, name, value)
+
+
+def _drawn(scope: Scope, stream: str, leaf: nnx.Variable[Any]) -> jax.Array:
+    """The state of a stream of NNX that starts from a key of Linen."""
+    if not isinstance(leaf, nnx.RngKey):
+        return jnp.zeros((), leaf.get_value().dtype)
+    key = scope.make_rng(stream)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
+
+
+def listing(args: Any, kwargs: Any) -> str:
+    """The arguments of a call, as messages show them."""
+    of = lambda x: jax.tree.map(describe, x)  # noqa: E731
+    parts = [str(of(x)).replace("'", "") for x in args]
+    parts += [f"{name}={str(of(x))}".replace("'", "") for name, x in kwargs.items()]
+    return f"({', '.join(parts)})"

@@ -1,0 +1,88 @@
+"""The context in which Linen's modules are replaced, and what it checks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax.core.scope import Scope
+from flax.errors import FlaxError
+
+from nnx_bridge._collections import Path
+from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
+from nnx_bridge.host._replacement import STACKED, Replacement, listing
+
+
+@contextlib.contextmanager
+def replacing(
+    replacements: Mapping[Path, Replacement], layout: Layout, base: Path = ()
+) -> Iterator[None]:
+    """A context in which Linen's modules are replaced.
+
+    Args:
+      replacements: by the paths of what they replace.
+      layout: what is known of the model, for checks of what they return.
+      base: the path of the model, where it is a part of another one.
+    """
+    running = False
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal running
+        path = path_of(context.module)
+        if running or path is None or path[: len(base)] != base:
+            return call(*args, **kwargs)
+        replacement = replacements.get(path[len(base) :])
+        name = context.method_name
+        if replacement is None:
+            return call(*args, **kwargs)
+        if name == "setup":
+            return _set_up(call, context.module.scope, replacement)
+        if name in NOT_CALLED:
+            return call(*args, **kwargs)
+        running = True
+        try:
+            result = replacement(context.module, name, args, kwargs)
+        except Exception as error:
+            if context.module.scope.get_flag("initializing", False):
+                error.add_note(f"{replacement.where}: {STACKED}")
+            raise
+        finally:
+            running = False
+        _check_returned(replacement, layout, name, (args, kwargs), result)
+        return result
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def _set_up(call: Callable[[], None], scope: Scope, replacement: Replacement) -> None:
+    """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
+
+    A parent may use a parameter of a submodule, such as the matrix of an embedding.
+    """
+    replacement.create(scope)
+    try:
+        call()
+    except FlaxError:
+        # It makes variables that the replacement does not have; its parent cannot read them.
+        return
+
+
+def _check_returned(
+    replacement: Replacement, layout: Layout, name: str, arguments: Any, result: Any
+) -> None:
+    """Checks shapes, where the Linen module was seen with such arguments."""
+    expected = layout.returned.get((replacement.path, name, shapes(arguments)))
+    if expected is not None and shapes(result) != expected:
+        raise ValueError(
+            f"{replacement.where}: {name}{listing(*arguments)} must return "
+            f"{_shapes_text(expected)}, as the Linen module does, but returned "
+            f"{_shapes_text(shapes(result))}"
+        )
+
+
+def _shapes_text(of: Any) -> str:
+    parts = [f"{path} {shape}".strip() for path, shape in of]
+    return ", ".join(parts) or "nothing"

@@ -1,0 +1,124 @@
+"""`train()` and `eval()` of a host reach what the Linen model uses for it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import nnx_bridge
+from nnx_bridge import Host
+from tests.helpers import assert_trees_equal
+from tests.nnx_bridge.host.models import KEYS, Block, Net, X
+
+
+class Field(nn.Module):
+    """Has the mode in a field."""
+
+    is_training: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dropout(0.5)(x, deterministic=not self.is_training)
+
+
+class Two(nn.Module):
+    """Has two arguments that could be the mode."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, inference: bool = False) -> jax.Array:
+        return nn.Dropout(0.5)(x, deterministic=not train or inference)
+
+
+def test_an_argument() -> None:
+    model = Host.init(Net(), KEYS, X)
+    module, variables = nnx_bridge.unhost(model)
+    assert model.training_arguments == {"train": True}
+    model.train()
+    expected, _ = module.apply(variables, X, True, rngs=KEYS, mutable=["batch_stats"])
+    assert_trees_equal(model(X, rngs=KEYS), expected)
+    model.eval()
+    assert_trees_equal(model(X), module.apply(nnx_bridge.unhost(model)[1], X, False))
+
+
+def test_before_either_is_called_the_defaults_are_linens() -> None:
+    model = Host.init(nn.Dropout(0.5), KEYS, X, deterministic=True)
+    with pytest.raises(ValueError, match="deterministic"):
+        model(X)
+    model.train()
+    assert not jnp.array_equal(model(X), X)
+
+
+def test_an_explicit_argument_wins() -> None:
+    model = Host.init(Net(), KEYS, X)
+    before = nnx_bridge.unhost(model)[1]
+    model.train()
+    model(X, False)
+    model(X, train=False)
+    assert_trees_equal(nnx_bridge.unhost(model)[1], before)
+
+
+def test_a_field() -> None:
+    model = Host.init(Field(is_training=False), KEYS, X)
+    assert model.training_arguments == {"is_training": True}
+    model.train()
+    assert not jnp.array_equal(model(X), X)
+    model.eval()
+    assert_trees_equal(model(X), X)
+
+
+def test_a_name_that_is_argument_and_field() -> None:
+    model = Host.init(nn.BatchNorm(), KEYS, X, use_running_average=True)
+    model.train()
+    model(X)
+    assert model.mean.get_value().any()
+    fixed = Host.init(nn.BatchNorm(use_running_average=True), KEYS, X)
+    fixed.train()
+    fixed(X)
+    assert fixed.mean.get_value().any()
+
+
+def test_several_names_are_an_error_until_one_is_chosen() -> None:
+    model = Host.init(Two(), KEYS, X)
+    model.train()
+    with pytest.raises(ValueError, match=r"argument 'train', argument 'inference'.*training=\{"):
+        model(X)
+    model(X, train=True)
+    chosen = Host.init(Two(), KEYS, X, training={"train": True})
+    chosen.train()
+    assert not jnp.array_equal(chosen(X), X)
+
+
+def test_methods_and_nodes_have_their_own() -> None:
+    model = Host.init(Net(), KEYS, X)
+    module, variables = nnx_bridge.unhost(model)
+    model.train()
+    expected = module.apply(variables, X, True, rngs=KEYS, method="encode")
+    assert_trees_equal(model.encode(X, rngs=KEYS), expected)
+    assert_trees_equal(model.encoder(X, rngs=KEYS), expected)
+    assert model.encoder.training_arguments == {"train": True}
+
+
+def test_the_modes_of_nnx_reach_hosts_and_replacements() -> None:
+    class Outer(nnx.Module):
+        def __init__(self) -> None:
+            self.host = Host.init(Net(), KEYS, X)
+
+    outer = Outer()
+    outer.host.layers_0 = Block(nnx.Rngs(0))
+    outer.eval()
+    assert outer.host.deterministic and outer.host.layers_0.drop.deterministic
+    view = nnx.view(outer, deterministic=False, use_running_average=False)
+    assert view.host.deterministic is False and view.host.layers_0.drop.deterministic is False
+    assert outer.host.deterministic is True
+    outer.host.set_attributes(deterministic=False)
+    assert outer.host.encoder.deterministic is False
+
+
+def test_a_model_without_a_mode_is_left_alone() -> None:
+    model = Host.init(nn.Dense(3), KEYS, X)
+    model.train()
+    assert model.training_arguments == {}
+    assert model(X).shape == (2, 3)

@@ -1,0 +1,238 @@
+"""Nodes of hosted models show their Linen modules and run them as the model would."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import errors, nnx
+from flax import linen as nn
+
+import lifted
+import nnx_bridge
+from nnx_bridge import Host
+from tests.helpers import assert_trees_equal, strict
+from tests.nnx_bridge.host.models import KEYS, Names, Net, Scanned, X
+
+
+def hosted(module: nn.Module | None = None) -> Host:
+    return Host.init(module or Net(), KEYS, X)
+
+
+def test_each_level_shows_class_and_fields_of_its_module() -> None:
+    model = hosted()
+    shown = {path: type(node).__name__ for path, node in nnx.iter_modules(model)}
+    assert shown[()] == "Net"
+    assert shown[("encoder",)] == "Encoder"
+    assert shown[("encoder", "Dense_0")] == shown[("layers_1",)] == shown[("named_a",)] == "Dense"
+    assert model.encoder.width == 4 and model.encoder.Dense_0.use_bias is True
+    assert "encoder=Encoder(" in repr(model) and "width=4" in repr(model)
+    assert "embed=<the module embed>" in repr(model.encoder)
+
+
+def test_without_inputs_the_modules_of_setup_are_known() -> None:
+    module, variables = nnx_bridge.unhost(hosted())
+    model = Host(module, variables)
+    assert type(model.encoder).__name__ == "Encoder"
+    assert_trees_equal(model.layers_0(X), hosted().layers_0(X))
+
+
+def test_the_modules_of_compact_are_known_after_a_call() -> None:
+    model = Host(*nnx_bridge.unhost(hosted()))
+    with pytest.raises(ValueError, match="encoder/Dense_0: .* not known yet.* Host.init"):
+        model.encoder.Dense_0(X)
+    model(X)
+    assert_trees_equal(model.encoder.Dense_0(X), hosted().encoder.Dense_0(X))
+    assert model.encoder.Dense_0.features == 4
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_node_draws_and_shares_as_inside_of_the_model(train: bool) -> None:
+    model = hosted()
+    module, variables = nnx_bridge.unhost(model)
+    encode = lambda module, x: module.encoder(x, train)  # noqa: E731
+    expected = module.apply(variables, X, method=encode, rngs=KEYS)
+    with strict():
+        assert_trees_equal(model.encoder(X, train, rngs=KEYS), expected)
+    assert_trees_equal(model.encode(X, train, rngs=KEYS), expected)
+
+
+def test_a_node_takes_keys_from_the_streams_of_its_host() -> None:
+    model, same = hosted(), hosted()
+    first = model.encoder(X, True)
+    assert_trees_equal(first, same.encode(X, True))
+    assert not jnp.array_equal(first, model.encoder(X, True))
+
+
+def test_a_node_updates_its_statistics_in_its_host() -> None:
+    model = hosted()
+    model.norm(X, use_running_average=False)
+    assert nnx_bridge.unhost(model)[1]["batch_stats"]["norm"]["mean"].any()
+
+
+def test_any_method_of_a_node_is_called() -> None:
+    class Tied(nn.Module):
+        def setup(self) -> None:
+            self.embed = nn.Embed(7, 4)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.embed.attend(self.embed(tokens))
+
+    tokens = jnp.array([1, 2])
+    model = Host.init(Tied(), KEYS, tokens)
+    assert_trees_equal(model.embed.attend(model.embed(tokens)), model(tokens))
+
+
+def test_a_node_without_its_host_says_what_it_lacks() -> None:
+    encoder = nnx.clone(hosted().encoder)
+    with pytest.raises(ValueError, match=r"encoder was given the module at embed.*model.encoder"):
+        encoder(X)
+
+
+def test_a_node_of_stacked_layers_says_why_it_cannot_be_called() -> None:
+    with pytest.raises(errors.ScopeParamShapeError, match="/layers") as error:
+        hosted(Scanned()).layers(X)
+    assert "layers was called by itself" in "".join(error.value.__notes__)
+
+
+def test_a_module_whose_fields_are_traced_says_which() -> None:
+    class Scale(nn.Module):
+        by: Any
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.by * self.param("w", nn.initializers.ones, ())
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Scale(x.mean())(x)
+
+    with strict():
+        model = nnx.jit(lambda: Host.init(Outer(), KEYS, X))()
+    with pytest.raises(ValueError, match="Scale_0: Scale cannot be called by itself.* by are made"):
+        model.Scale_0(X)
+    assert_trees_equal(model(X), Outer().apply(nnx_bridge.unhost(model)[1], X))
+
+
+def test_copies_are_equal_and_share_nothing() -> None:
+    model = hosted()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
+        assert type(other) is type(model)
+        assert nnx.graphdef(other) == nnx.graphdef(model)
+        assert_trees_equal(other.encoder(X, True, rngs=KEYS), model.encoder(X, True, rngs=KEYS))
+        other.embed.kernel[...] = jnp.zeros((4, 4))
+    assert model.embed.kernel.get_value().any()
+
+
+def test_two_hosts_of_one_model_share_a_compilation() -> None:
+    traced = []
+
+    @nnx.jit
+    def run(model: Host) -> jax.Array:
+        traced.append(1)
+        return model.encoder(X)
+
+    assert_trees_equal(run(hosted()), run(hosted()))
+    assert len(traced) == 1
+
+
+def test_names_of_nnx_are_reached_by_their_linen_names() -> None:
+    model = hosted(Names())
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(variables, Names().init(KEYS, X))
+    assert_trees_equal(model(X), module.apply(variables, X))
+    assert model["train"] is model.train_ and callable(type(model).train)
+    assert_trees_equal(model["sow"](X), X @ variables["params"]["sow"]["kernel"])
+    model.eval()
+    assert model.split.features == 4
+
+
+def test_an_unknown_name_is_an_error_with_the_nearest_one() -> None:
+    model = hosted()
+    with pytest.raises(AttributeError, match="hosted Net has no .* 'encodr'; did you mean 'enc"):
+        model.encodr  # noqa: B018
+    with pytest.raises(KeyError, match="Net has no 'embd'; did you mean 'embed'"):
+        model["embd"]
+    with pytest.raises(AttributeError, match="'width' is a field of the Linen module encoder"):
+        model.encoder.width = 8
+    with pytest.raises(TypeError, match="a node of a hosted model, cannot be iterated over"):
+        iter(model)
+
+
+def test_a_scope_that_is_shared_has_one_node() -> None:
+    class Low(nn.Module):
+        inner: nn.Module
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.inner(x) + self.param("low", nn.initializers.ones, (4,))
+
+    class Shares(nn.Module):
+        def setup(self) -> None:
+            self.block = Low(nn.Dense(4))
+            nn.share_scope(self, self.block)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.block(x)
+
+    model = hosted(Shares())
+    module, variables = nnx_bridge.unhost(model)
+    assert set(variables["params"]) == {"inner", "low"}
+    assert_trees_equal(model(X), module.apply(variables, X))
+    assert_trees_equal(model.inner(X), X @ variables["params"]["inner"]["kernel"])
+
+
+def test_user_interceptors_see_the_modules_of_a_host() -> None:
+    seen = []
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        seen.append(context.module.path)
+        return call(*args, **kwargs)
+
+    model = hosted()
+    with nn.intercept_methods(note):
+        model(X)
+    assert ("encoder", "Dense_0") in seen
+
+
+def test_nodes_inside_of_transforms() -> None:
+    model = hosted()
+    expected = jax.grad(lambda x: model.encoder(x).sum())(X)
+    with strict():
+        actual = lifted.grad(lambda model, x: model.encoder(x).sum(), model, X)[0]
+        nnx.jit(lambda model, x: model.encoder(x, True))(model, X)
+    assert_trees_equal(actual, expected)
+
+
+def test_a_vmapped_host() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    models = nnx.vmap(lambda key: Host.init(Scanned(), key, X))(keys)
+    outputs = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, X)
+    assert outputs.shape == (3, 2, 4)
+    assert models.layers.Dense_0.kernel.shape == (3, 3, 4, 4)
+    assert models.layers.BatchNorm_0.mean.get_value().any()
+
+
+def test_sharded_initialisation() -> None:
+    mesh = jax.make_mesh((jax.device_count(),), ("model",))
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    module = nn.Dense(16, kernel_init=init)
+    abstract = nnx.eval_shape(lambda: Host.init(module, jax.random.key(0), X))
+    assert abstract.kernel.get_value() == jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    specs = jax.tree.map(
+        lambda v: jax.NamedSharding(mesh, jax.P(*(v.get_metadata().get("out_sharding") or ()))),
+        nnx.state(abstract),
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    graphdef = nnx.graphdef(abstract)
+    make = jax.jit(lambda: nnx.state(Host.init(module, jax.random.key(0), X)), out_shardings=specs)
+    model = nnx.merge(graphdef, make())
+    kernel = model.kernel.get_value()
+    assert kernel.sharding.spec == jax.P(None, "model")
+    expected = module.init(jax.random.key(0), X)["params"]["kernel"].value
+    assert_trees_equal(jax.device_get(kernel), jax.device_get(expected))

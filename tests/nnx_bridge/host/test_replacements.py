@@ -1,0 +1,291 @@
+"""NNX modules in the places of Linen submodules: the hosted parent calls them; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import lifted
+import nnx_bridge
+from nnx_bridge import Host
+from tests.helpers import assert_trees_close, assert_trees_equal, strict, total
+from tests.nnx_bridge.host.models import KEYS, Around, Block, Carries, Net, Scanned, X
+
+
+def hosted(module: nn.Module | None = None) -> Host:
+    return Host.init(module or Net(), KEYS, X)
+
+
+def migrated() -> Host:
+    model = hosted()
+    model.layers_0 = Block(nnx.Rngs(3))
+    return model
+
+
+def stacked() -> nnx.Module:
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return Carries(rngs)
+
+    return make(nnx.Rngs(0))
+
+
+def test_the_parent_calls_the_replacement() -> None:
+    model, plain = hosted(), hosted()
+    model.layers_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    model.layers_1.kernel[...] = plain.layers_1.kernel[...]
+    with strict():
+        assert_trees_equal(model(X), plain(X))
+    model.layers_1.kernel[...] = 0 * plain.layers_1.kernel[...]
+    assert not jnp.array_equal(model(X), plain(X))
+
+
+def test_statistics_and_streams_of_the_replacement_move() -> None:
+    model, alone = migrated(), Block(nnx.Rngs(3))
+    hidden = model.encode(X)
+    first, second = model(X), model(X)
+    alone(hidden)
+    alone(hidden)
+    assert not jnp.array_equal(first, second)
+    assert_trees_equal(nnx.state(model.layers_0), nnx.state(alone))
+
+
+@pytest.mark.parametrize("make", [Net, Scanned])
+def test_a_wrapper_around_the_original_node_changes_no_bit(make: Callable[[], Any]) -> None:
+    model, plain = hosted(make()), hosted(make())
+    where = "encoder" if make is Net else "layers"
+    wrapped = Around(getattr(model, where))
+    if make is Scanned:
+        wrapped.scale.set_value(jnp.ones(3))  # One for each layer of the scan.
+    setattr(model, where, wrapped)
+    model.train()
+    plain.train()
+    for _ in range(2):
+        assert_trees_equal(model(X), plain(X))
+    inner = nnx.state(getattr(model, where).inner)
+    assert_trees_equal(inner, nnx.state(getattr(plain, where)))
+
+
+def test_linens_scan_slices_the_replacement() -> None:
+    model = hosted(Scanned())
+    model.layers = stacked()
+    with strict():
+        model(X)
+    assert model.layers.norm.mean.get_value().shape == (3, 4)
+    assert all(model.layers.norm.mean.get_value().any(axis=1))
+    grads = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
+    assert grads["layers"]["dense"]["kernel"].get_value().shape == (3, 4, 4)
+
+
+def test_gradients_are_those_of_the_native_module() -> None:
+    model = migrated()
+    model.layers_0.eval()
+    hidden = model.encode(X)
+
+    def tail(block: Any) -> jax.Array:
+        y = model.layers_1(block(hidden))
+        return jnp.sum(model.norm(model.named_a(y), use_running_average=True) ** 2)
+
+    grads = nnx.grad(lambda model: jnp.sum(model(X) ** 2))(model)
+    assert_trees_close(grads["layers_0"], nnx.grad(tail)(model.layers_0))
+
+
+def test_transforms_take_a_migrated_model() -> None:
+    model = migrated()
+    model.encoder = Around(model.encoder)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Host, optimizer: nnx.Optimizer) -> jax.Array:
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(X, True) - 1) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    before = model.layers_0.dense.kernel.get_value()
+    with strict():
+        losses = [step(model, optimizer) for _ in range(2)]
+        grads, _ = lifted.grad(total, model, X, grad_variables="params")
+    assert losses[0] != losses[1]
+    assert not jnp.array_equal(model.layers_0.dense.kernel.get_value(), before)
+    assert grads["encoder"]["scale"].get_value() != 0
+    assert_trees_equal(nnx.merge(*nnx.split(model), copy=True)(X), model(X))
+
+
+def test_what_a_replacement_sows_lands_in_the_capture() -> None:
+    class Sows(nnx.Module):
+        def __init__(self) -> None:
+            self.inner = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "x", x)
+            return self.perturb("y", self.inner(x))
+
+    model = hosted()
+    model.layers_0 = Sows()
+    call = nnx_bridge.capture(model, nnx.Intermediate, nnx.Perturbation)
+    _, sown, zeros = call(X)
+    assert_trees_equal(sown["layers_0"]["x"].get_value()[0], model.encode(X))
+    assert zeros["layers_0"]["y"].get_value().shape == (2, 4)
+    result = nnx_bridge.capture_grad(total, model, X)
+    assert result.intermediate_grads["layers_0"]["y"].get_value().any()
+
+
+def test_one_native_module_in_two_places() -> None:
+    model = hosted()
+    model.layers_0 = model.layers_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    grads = nnx.grad(lambda model: model(X).sum())(model)
+    assert set(grads) == {"embed", "encoder", "layers_0", "named_a", "norm"}
+
+
+def test_a_node_that_was_given_a_module_calls_its_replacement() -> None:
+    model = hosted()
+    model.embed = Around(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    encode = lambda module, x: module.encoder(x)  # noqa: E731
+    assert_trees_equal(model.encoder(X), model(X, method=encode))
+
+
+def test_a_parent_reads_a_parameter_of_the_replacement() -> None:
+    class Tied(nn.Module):
+        def setup(self) -> None:
+            self.embed = nn.Embed(7, 4)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.embed(tokens) @ self.embed.embedding.T
+
+    tokens = jnp.array([1, 2])
+    model = Host.init(Tied(), KEYS, tokens)
+    model.embed = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+    expected = model.embed(tokens) @ model.embed.embedding[...].T
+    assert_trees_equal(model(tokens), expected)
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.init(KEYS, tokens), variables)
+
+
+def test_another_host_as_replacement() -> None:
+    model, other = hosted(), Host.init(nn.Dense(4), KEYS, X)
+    model.layers_0 = other
+    hidden = model.encode(X)
+    y = model.norm(model.named_a(model.layers_1(other(hidden))), use_running_average=True)
+    assert_trees_equal(model(X), y)
+
+
+def test_a_replacement_of_another_shape_leaves_the_model() -> None:
+    model = hosted()
+    model.layers_0 = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    before = nnx_bridge.unhost(model)[1]
+    with pytest.raises(
+        ValueError,
+        match=r"layers_0, replaced by Linear: __call__\(float32\[2,4\]\) must return \(2, 4\), as "
+        r"the Linen module does, but returned \(2, 5\)",
+    ):
+        model(X)
+    assert_trees_equal(nnx_bridge.unhost(model)[1], before)
+
+
+def test_a_replacement_with_another_signature() -> None:
+    class NoFlag(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x
+
+    model = hosted()
+    model.encoder = NoFlag()
+    with pytest.raises(
+        TypeError,
+        match=r"encoder, replaced by NoFlag: the model calls __call__\(float32\[2,4\], bool\[\]\), "
+        r"but NoFlag.__call__ takes \(x: .*: too many positional",
+    ):
+        model(X)
+
+
+def test_a_replacement_that_is_none() -> None:
+    model = hosted()
+    with pytest.raises(AttributeError, match="no submodule 'layer_0' .* did you mean 'layers_0'"):
+        model.layer_0 = Block(nnx.Rngs(0))
+    with pytest.raises(TypeError, match="layers_0: the model calls its method '__call__', which"):
+        model.layers_0 = nnx.Module()
+
+
+def test_new_state_in_a_call_is_an_error() -> None:
+    class Grows(nnx.Module):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.seen = nnx.BatchStat(x.mean())
+            return x
+
+    model = hosted()
+    model.layers_0 = Grows()
+    with pytest.raises(ValueError, match="layers_0, replaced by Grows: .* new state, seen, which"):
+        model(X)
+
+
+def test_a_collection_that_linens_transform_does_not_carry() -> None:
+    class Other(nnx.Variable[Any]):
+        pass
+
+    class Holds(nnx.Module):
+        def __init__(self) -> None:
+            self.other = Other(jnp.ones((3, 4)))
+
+        def __call__(self, x: jax.Array, *_: Any) -> Any:
+            return x * self.other[...], None
+
+    model = hosted(Scanned())
+    model.layers = Holds()
+    with pytest.raises(ValueError, match=r"variable Other/layers/other is not there.*variable_axe"):
+        model(X)
+
+
+def test_without_replacements_the_way_back_is_the_identity() -> None:
+    module = Net()
+    variables = module.init(KEYS, X)
+    back, same = nnx_bridge.unhost(Host(module, variables))
+    assert back is module
+    assert_trees_equal(same, variables)
+
+
+def test_a_migrated_model_is_a_linen_module_again() -> None:
+    model = migrated()
+    model.encoder = Around(model.encoder)
+    module, variables = nnx_bridge.unhost(model)
+    assert isinstance(module, Net) and type(module).__name__ == "Net"
+    mutable = [name for name in variables if name != "params"]
+    expected, updates = module.apply(variables, X, True, rngs=KEYS, mutable=mutable)
+    assert_trees_equal(model(X, True, rngs=KEYS), expected)
+    assert_trees_equal(nnx_bridge.unhost(model)[1], {**variables, **updates})
+    hosted_again = Host(module, variables)
+    assert_trees_equal(hosted_again(X, True, rngs=KEYS), expected)
+
+
+def test_a_migrated_model_initialises_inside_of_a_linen_model() -> None:
+    module, variables = nnx_bridge.unhost(migrated())
+
+    class Outer(nn.Module):
+        inner: nn.Module
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3)(self.inner(x))
+
+    made = Outer(module).init(KEYS, X)
+    assert_trees_equal(made["params"]["inner"]["layers_0"], variables["params"]["layers_0"])
+    assert jax.tree.structure(made["params"]["inner"]) == jax.tree.structure(variables["params"])
+    mutable = [name for name in made if name != "params"]
+    y, _ = Outer(module).apply(made, X, mutable=mutable)
+    assert y.shape == (2, 3)
+
+
+def test_initialisation_under_linens_scan_says_where_the_variables_are() -> None:
+    model = hosted(Scanned())
+    model.layers = stacked()
+    module, variables = nnx_bridge.unhost(model)
+    module.apply(variables, X, rngs=KEYS, mutable=["batch_stats"])
+    with pytest.raises(TypeError, match="dot_general") as error:
+        module.init(KEYS, X)
+    assert "layers, replaced by Carries: init gives" in "".join(error.value.__notes__)
