@@ -19,7 +19,7 @@ from nnx_bridge.cli._console import (
 )
 from nnx_bridge.cli._inspect import inspect_command
 from nnx_bridge.equivalence._case import CaseError, load_case
-from nnx_bridge.equivalence._check import STEPS, check
+from nnx_bridge.equivalence._check import check
 from nnx_bridge.equivalence._report import Report
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
@@ -100,7 +100,7 @@ def check_command(
 
 def _check(target: str, seed: int, messages: Console) -> Report:
     with steps(messages) as progress:
-        task = progress.add_task(f"{target}: import", total=STEPS + 1)
+        task = progress.add_task(f"{target}: import", total=None)
 
         def begin(what: str) -> None:
             progress.update(task, advance=1, description=f"{target}: {what}")

@@ -1,58 +1,75 @@
-"""Whether a Linen module is the same program under `lifted`, and hosted as NNX.
+"""Whether two models compute the same, or one model the same in several ways.
 
-One call of the module is computed three ways, each compiled: by raw JAX over the pure function
-`module.apply`, which is the reference; by `lifted` on the bound Linen module; and by `lifted` on
-the module hosted as NNX. Each way runs three times: the call alone, reverse mode (the gradient of
-a random combination of the outputs), and forward mode (the derivative in one random direction of
-all parameters and inputs). After each the changed collections are compared too.
+A case with a `model` compares it with the case's module: both run under raw JAX, with the same
+variables, inputs and keys, and every difference is judged against the reference in float64. A case
+without one compares the Linen module with itself: under `lifted`, and hosted as NNX under `lifted`,
+with raw JAX over `module.apply` as the reference.
+
+Both go through the same stages: the call; reverse mode, the gradient of a random combination of the
+outputs, which is a vector-Jacobian product with a random vector; forward mode, the derivative in
+one random direction of all parameters and inputs; and, with a model, several steps of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+import optax
+from flax import linen as nn
 
-import lifted
-from nnx_bridge._collections import to_variables
-from nnx_bridge.equivalence._case import Case
-from nnx_bridge.equivalence._problem import (
-    Arrays,
-    Data,
-    Problem,
-    by_path,
-    combine,
-    failure,
-    first_line,
-    inexact,
-)
-from nnx_bridge.equivalence._report import Report, Row, compare_arrays, raised
-from nnx_bridge.host._host import Host, unhost
+from nnx_bridge.equivalence._case import Case, CaseError
+from nnx_bridge.equivalence._correspondence import Correspondence, Paths, arrays_of, unboxed
+from nnx_bridge.equivalence._inputs import drawn
+from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results, steps, wide
+from nnx_bridge.equivalence._parting import VALUE, Parting, find, pairs
+from nnx_bridge.equivalence._problem import Data, Problem, failure, first_line, perturbed
+from nnx_bridge.equivalence._recording import named
+from nnx_bridge.equivalence._report import Report
+from nnx_bridge.equivalence._routes import HostedRoute, LinenRoute
+from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Side
+from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays, raised
 
-Results = dict[str, Arrays]
-Program = Callable[[str], Results]  # From the name of a stage.
+# What serves to find the place of a fault, and is no result of its own.
+_UNREPORTED = ("layer input", "layer input gradient", "output with gradient")
+_LAYERS = ("layer input", "layer output", "layer input gradient", "layer output gradient")
 
-STAGES = ("call", "gradient", "jvp")
-STEPS = 1 + 3 * len(STAGES)
+# How often the reference runs with its data moved by roundings.
+_SAMPLES = 2
 
 
-def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Compares a Linen module with itself under `lifted`, and hosted as NNX.
+def check(
+    case: Case,
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    steps: int = 3,
+    optimizer: optax.GradientTransformation | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Compares a module with its rewrite, or with itself under `lifted` and hosted as NNX.
 
     Args:
-      case: The module and one call of it.
-      seed: Where parameters, keys, output weights and directions come from.
-      progress: Called with what begins, `STEPS` times.
+      case: The module and one call of it; and the model to compare it with.
+      seed: Where parameters, inputs, keys, output weights and directions come from.
+      seeds: How many seeds there are, from `seed` on.
+      steps: How many steps of training a model is compared over.
+      optimizer: What makes the steps; by default `optax.sgd` with momentum. An optimizer that
+        divides gradients by their size, such as Adam, makes steps of full length from gradients
+        that are nothing but rounding.
+      progress: Called with what begins.
 
     Returns:
-      A report with a row for each array of each of the two programs.
+      A report with a row for each array of each program.
 
     Raises:
-      CaseError: The module does not run, or there is nothing to differentiate.
+      CaseError: A module does not run, there is nothing to differentiate, or nothing in one model
+        corresponds to the other.
 
     Example:
         >>> from flax import linen as nn
@@ -60,161 +77,309 @@ def check(case: Case, *, seed: int = 0, progress: Callable[[str], None] = lambda
         >>> report.agrees
         True
     """
-    progress("initialise")
-    problem = Problem.make(case, seed)
-    raw = _Raw(problem)
-    reference: dict[str, Results] = {}
-    skipped: list[str] = []
-    for stage in STAGES:
-        progress(f"{stage}: raw JAX")
-        try:
-            reference[stage] = raw(stage)
-        except Exception as error:
-            if stage != "jvp":
-                raise failure(f"the {stage} of {case.name} in raw JAX", error) from error
-            # A module with a custom_vjp, for one, has no forward mode.
-            skipped.append(f"{stage}, which raw JAX refuses too: {first_line(error)}")
-    programs = {"lifted on Linen": _Linen(problem), "lifted on NNX": _Hosted(problem)}
-    rows: list[Row] = []
-    for route, program in programs.items():
-        for stage in STAGES:
-            progress(f"{stage}: {route}")
-            if stage in reference:
-                rows.extend(_rows(program, route, stage, reference[stage]))
+    if seeds < 1:
+        raise ValueError(f"seeds: at least one is needed, got {seeds}")
+    optimizer = optimizer or optax.sgd(0.01, momentum=0.9)
+    session = _Session(case, range(seed, seed + seeds), steps, optimizer, progress)
+    for training in _modes(case, seed):
+        session.run(training)
     versions = {package: version(package) for package in ("flax", "jax")}
-    order = list(dict.fromkeys(row.what for row in rows))
-    rows.sort(key=lambda row: order.index(row.what))
-    return Report(case.name, tuple(rows), seed, versions, tuple(skipped))
+    return Report(
+        case.name,
+        tuple(session.rows.values()),
+        tuple(session.seeds),
+        versions,
+        tuple(dict.fromkeys(session.skipped)),
+        session.parting,
+        "raw JAX over module.apply" if case.model is None else "",
+    )
 
 
-def _rows(program: Program, route: str, stage: str, reference: Results) -> Iterator[Row]:
+class _Session:
+    """One check, and what it has found so far."""
+
+    def __init__(
+        self,
+        case: Case,
+        seeds: Sequence[int],
+        steps: int,
+        optimizer: optax.GradientTransformation,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.case, self.seeds, self.steps = case, seeds, steps
+        self.optimizer, self.progress = optimizer, progress
+        self.rows: dict[tuple[str, str, str], Row] = {}
+        self.skipped: list[str] = []
+        self.parting: Parting | None = None
+
+    def run(self, training: bool | None) -> None:
+        """Compares in one mode, for every seed."""
+        mode = {None: "", True: "training", False: "prediction"}[training]
+        self.progress(f"{mode} initialise".strip())
+        problem = Problem.make(self.case, self.seeds[0], training)
+        if self.case.model is None:
+            reference = Raw(problem)
+            lifted = {"lifted on Linen": LinenRoute(problem), "lifted on NNX": HostedRoute(problem)}
+            for seed in self.seeds:
+                data = problem.data if seed == self.seeds[0] else problem.drawn(seed)
+                self._compare(reference, lifted, data, seed)
+            return
+        side = _model_side(self.case, problem, self.seeds[0], training)
+        correspondence = self._correspond(problem, side)
+        reference = Raw(problem, recording=True)
+        model = Raw(problem, side, correspondence, recording=True)
+        comparison = _Comparison(self, problem, reference, model, correspondence, mode or side.name)
+        for seed in self.seeds:
+            data = problem.data if seed == self.seeds[0] else problem.drawn(seed)
+            rows = comparison.rows(data, seed)
+            if seed == self.seeds[0]:
+                rows = [*self._values(problem, side, correspondence, comparison.route), *rows]
+            counted = [row for row in rows if comparison.counts(row)]
+            self.add(counted)
+            if self.parting is None and not all(row.verdict.agrees for row in counted):
+                paired = comparison.names.values()
+                self.parting = find(rows, reference.calls, paired, comparison.route)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Adds rows, of which the worst of each array counts."""
+        for row in rows:
+            key = (row.what, row.route, row.path)
+            if row.what not in _UNREPORTED and _badness(row) >= _badness(self.rows.get(key)):
+                self.rows[key] = row
+
+    def _compare(
+        self, reference: Raw, routes: Mapping[str, Program], data: Data, seed: int
+    ) -> None:
+        results = {}
+        for stage in STAGES:
+            self.progress(f"{stage}: raw JAX")
+            try:
+                results[stage] = reference(stage, data)
+            except Exception as error:
+                if stage != "jvp":
+                    name = self.case.name
+                    raise failure(f"the {stage} of {name} in raw JAX", error) from error
+                # A module with a custom_vjp, for one, has no forward mode.
+                self.skip(stage, error)
+        rows = []
+        for route, program in routes.items():
+            for stage, expected in results.items():
+                self.progress(f"{stage}: {route}")
+                rows += _rows(program, route, stage, expected, data, seed)
+        order = list(dict.fromkeys(row.what for row in rows))
+        self.add(sorted(rows, key=lambda row: order.index(row.what)))
+
+    def skip(self, stage: str, error: Exception) -> None:
+        """Notes a stage that the reference itself does not have."""
+        self.skipped.append(f"{stage}, which raw JAX refuses too: {first_line(error)}")
+
+    def _correspond(self, problem: Problem, side: Side) -> Correspondence:
+        given = self.case.correspondence
+        if given is not None and hasattr(given, "to_model"):
+            return given
+        reference = unboxed(problem.side.variables)
+        paths = Paths(reference, unboxed(side.variables), given)  # type: ignore[arg-type]
+        if not paths.found_any:
+            problems = "; ".join(f"{p.path}: {p.why}" for p in paths.problems[:3])
+            raise CaseError(
+                f"{self.case.name}: no variable of the reference is one of {side.name}. {problems}. "
+                "Say which stands for which: correspondence={'Dense_0': 'first'}"
+            )
+        return paths
+
+    def _values(
+        self, problem: Problem, side: Side, correspondence: Correspondence, route: str
+    ) -> Iterator[Row]:
+        """Rows for variables without a partner, and for values that are not the reference's."""
+        for p in getattr(correspondence, "problems", ()):
+            verdict = Verdict.MISMATCH if p.misfit else Verdict.UNEXPECTED
+            verdict = Verdict.MISSING if p.missing else verdict
+            yield Row(VALUE, route, p.path, p.shape, p.dtype, np.nan, np.nan, verdict, p.why)
+        given = self.case.variables is not None
+        if not (given if self.case.check_values is None else self.case.check_values):
+            return
+        own = dict(arrays_of(unboxed(side.variables)))
+        values = correspondence.to_model(unboxed(problem.side.variables))
+        expected = dict(arrays_of(values))
+        found = {path: own[path] for path in expected if path in own}
+        for row in compare_arrays(VALUE, route, found, expected):
+            if row.verdict.agrees:
+                yield row
+            else:
+                why = "the value in the model is not that of the reference; load the weights, or "
+                yield dataclasses.replace(row, error=why + "pass check_values=False to ignore it")
+
+
+@dataclasses.dataclass
+class _Comparison:
+    """A model beside its reference in one mode."""
+
+    session: _Session
+    problem: Problem
+    reference: Raw
+    model: Raw
+    correspondence: Correspondence
+    route: str
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    certain: set[str] = dataclasses.field(default_factory=set)
+
+    @functools.cached_property
+    def exact(self) -> Any:
+        """The reference in float64."""
+        return self.reference.exact(self.problem.data)
+
+    def rows(self, data: Data, seed: int) -> list[Row]:
+        """The rows for one seed."""
+        rows: list[Row] = []
+        trained = "call"
+        for stage in STAGES:
+            self._progress(stage, "reference", seed)
+            try:
+                expected = self.reference(stage, data)
+            except Exception as error:
+                if stage == "call":
+                    name = self.session.case.name
+                    raise failure(f"the {stage} of {name}", error) from error
+                self.session.skip(stage, error)
+                continue
+            trained = "gradient" if stage == "gradient" else trained
+            noise = self._noise(stage, expected, data, seed)
+            self._progress(stage, "model", seed)
+            try:
+                found = self.model(stage, data)
+            except Exception as error:
+                path = self.correspondence.module(self.model.failed or "")
+                return [
+                    *rows,
+                    dataclasses.replace(raised(stage, self.route, error, path), seed=seed),
+                ]
+            if not self.names:
+                calls = self.reference.calls, self.model.calls
+                self.names, self.certain = pairs(*calls, self.correspondence)
+            for what, arrays in expected.items():
+                if what != AFTER:
+                    rows += self._rows(what, found.get(what, {}), arrays, noise[what], seed)
+        return rows + list(self._steps(trained, data, seed))
+
+    def _rows(self, what: str, found: Any, expected: Any, noise: Noise, seed: int) -> Iterator[Row]:
+        if what in _LAYERS:
+            found = named(found, self.names)
+            order = {name: i for i, name in enumerate(self.reference.calls)}
+            paired = set(self.names.values())
+            keys = sorted(
+                (key for key in expected if key.partition(" [")[0] in paired),
+                key=lambda key: order[key.partition(" [")[0]],
+            )
+            # A layer may give more than its partner; what both give is compared.
+            expected = {key: expected[key] for key in keys if key in found}
+            found = {key: found[key] for key in expected}
+        yield from compare_arrays(what, self.route, found, expected, noise, seed)
+
+    def counts(self, row: Row) -> bool:
+        """Whether a row is a result: that of a layer is one if its partner is beyond doubt."""
+        return row.what not in _LAYERS or row.path.partition(" [")[0] in self.certain
+
+    def _noise(self, stage: str, expected: Results, data: Data, seed: int) -> dict[str, Noise]:
+        self._progress(stage, "reference in float64", seed)
+        samples = [self.reference(stage, perturbed(data, i)) for i in range(_SAMPLES)]
+        exact, precision = self._exact(stage, data)
+        return {
+            what: Noise(exact.get(what, {}), [s[what] for s in samples], precision.get(what, {}))
+            for what in expected
+            if what != AFTER
+        }
+
+    def _exact(self, stage: str, data: Data) -> tuple[Results, Results]:
+        try:
+            return self.exact(stage, data), self.exact.precisions[stage]
+        except Exception as error:
+            self.session.skipped.append(
+                f"float64 of the {stage}, so noise is taken from runs that are moved by roundings: "
+                f"{first_line(error)}"
+            )
+            return {}, {}
+
+    def _steps(self, stage: str, data: Data, seed: int) -> Iterator[Row]:
+        number = self.session.steps
+        if number < 2:
+            return
+        self._progress(f"{number} steps", "all", seed)
+
+        def run(program: Program, first: Data) -> list[Results]:
+            optimizer = self.session.optimizer
+            return list(steps(program, first, self.problem, seed, number, optimizer, stage))
+
+        expected, found = run(self.reference, data), run(self.model, data)
+        samples = [run(self.reference, perturbed(data, i)) for i in range(_SAMPLES)]
+        exact: list[Results] = [{} for _ in expected]
+        if stage in self.exact.precisions:
+            with jax.enable_x64(True):
+                exact = run(self.exact, wide(data))
+        precision = self.exact.precisions.get(stage, {})
+        for i, results in enumerate(expected):
+            for what, arrays in results.items():
+                eps = precision.get(_STEP_OF[what.partition(",")[0]], {})
+                noise = Noise(exact[i].get(what, {}), [s[i][what] for s in samples], eps)
+                yield from self._rows(what, found[i].get(what, {}), arrays, noise, seed)
+
+    def _progress(self, stage: str, program: str, seed: int) -> None:
+        self.session.progress(f"{self.route}, seed {seed}, {stage}: {program}")
+
+
+# Whose precision the results of a step have.
+_STEP_OF = {
+    "output": "output with gradient",
+    "state": "state after gradient",
+    "parameter": "parameter gradient",
+}
+
+
+def _rows(
+    program: Program, route: str, stage: str, expected: Results, data: Data, seed: int
+) -> Iterator[Row]:
+    reported = {w: x for w, x in expected.items() if w != AFTER and w not in _UNREPORTED}
     try:
-        results = program(stage)
+        results = program(stage, data)
     except Exception as error:
-        yield from (raised(what, route, error) for what, arrays in reference.items() if arrays)
+        yield from (raised(what, route, error) for what, arrays in reported.items() if arrays)
         return
-    for what, arrays in reference.items():
-        yield from compare_arrays(what, route, results[what], arrays)
+    for what, arrays in reported.items():
+        if what in results:
+            yield from compare_arrays(what, route, results[what], arrays, seed=seed)
 
 
-class _Raw:
-    """`module.apply` under `jax.grad` and `jax.jvp`."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-
-    def __call__(self, stage: str) -> Results:
-        return jax.jit(getattr(self, stage))(self._problem.data)
-
-    def call(self, data: Data) -> Results:
-        outputs, state = self._problem.apply(data, data.variables, data.primals)
-        return {"output": outputs, "state": state}
-
-    def gradient(self, data: Data) -> Results:
-        def loss(parameters: Any, primals: Arrays) -> tuple[jax.Array, Arrays]:
-            outputs, state = self._apply(data, parameters, primals)
-            return combine(outputs, data.weights), state
-
-        grad = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-        (parameters, inputs), state = grad(data.parameters, data.primals)
-        return {**_gradients({"params": parameters}, inputs), "state after gradient": state}
-
-    def jvp(self, data: Data) -> Results:
-        def outputs(parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:
-            outputs, state = self._apply(data, parameters, primals)
-            return inexact(outputs), state
-
-        primals = (data.parameters, data.primals)
-        tangents = jax.tree.map(_full, primals, (data.parameter_tangents, data.input_tangents))
-        _, dots, state = jax.jvp(outputs, primals, tangents, has_aux=True)
-        return {"output tangent": dots, "state after jvp": state}
-
-    def _apply(self, data: Data, parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:
-        variables = dict(data.variables)
-        if "params" in variables:
-            variables["params"] = parameters
-        return self._problem.apply(data, variables, primals)
+def _badness(row: Row | None) -> tuple[bool, float]:
+    if row is None:
+        return (False, -1.0)
+    return (not row.verdict.agrees, -1.0 if np.isnan(row.max_roundings) else row.max_roundings)
 
 
-class _Linen:
-    """`lifted` on the bound Linen module."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-
-    def __call__(self, stage: str) -> Results:
-        p = self._problem
-
-        def program(data: Data) -> Results:
-            module = p.case.module.bind(data.variables, rngs=data.keys, mutable=p.mutable)
-            results: Results = getattr(self, stage)(module, data)
-            return {**results, _state_after(stage): p.changeable(module.unbind()[1])}
-
-        return jax.jit(program)(p.data)
-
-    def call(self, module: Any, data: Data) -> Results:
-        return {"output": self._outputs(module, data, data.primals)}
-
-    def gradient(self, module: Any, data: Data) -> Results:
-        def loss(mdl: Any, primals: Arrays) -> jax.Array:
-            return combine(self._outputs(mdl, data, primals), data.weights)
-
-        if not self._problem.has_parameters:
-            (inputs,) = lifted.grad(loss, module, data.primals)
-            return _gradients({}, inputs)
-        parameters, inputs = lifted.grad(loss, module, data.primals, grad_variables="params")
-        return _gradients(parameters, inputs)
-
-    def jvp(self, module: Any, data: Data) -> Results:
-        def outputs(mdl: Any, primals: Arrays) -> Arrays:
-            return inexact(self._outputs(mdl, data, primals))
-
-        has_parameters = self._problem.has_parameters
-        tangents = {"params": data.parameter_tangents} if has_parameters else {}
-        _, dots = lifted.jvp(outputs, module, (data.primals,), (data.input_tangents,), tangents)
-        return {"output tangent": dots}
-
-    def _outputs(self, module: Any, data: Data, primals: Arrays) -> Arrays:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            method = self._problem.case.method or "__call__"
-            if isinstance(method, str):
-                return getattr(module, method)(*args, **kwargs)
-            return method(module, *args, **kwargs)
-
-        return self._problem.run(run, data, primals)
+def _model_side(case: Case, problem: Problem, seed: int, training: bool | None) -> Side:
+    arguments = _call(case, seed)
+    if not isinstance(case.model, nn.Module):
+        return NnxSide(case.model, case.method).in_mode(training, arguments)
+    # Its own variables are those of the same seed.
+    of_model = Case(case.model, case.args, case.kwargs, method=case.method, rngs=case.rngs)
+    side = Problem.make(of_model, seed, training).side
+    return dataclasses.replace(side, mutable=problem.mutable)  # type: ignore[type-var]
 
 
-class _Hosted(_Linen):
-    """`lifted` on the host, an NNX module, under `nnx.jit`."""
-
-    def __call__(self, stage: str) -> Results:
-        p = self._problem
-        model = Host(p.case.module, p.data.variables, mutable=p.mutable)
-        # The model holds the variables; what it left as it was must not come from elsewhere.
-        data = p.data._replace(variables={})
-        results: Results = nnx.jit(getattr(self, stage))(model, data)
-        return {**results, _state_after(stage): p.changeable(unhost(model)[1])}
-
-    def _outputs(self, module: Any, data: Data, primals: Arrays) -> Arrays:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return module(*args, rngs=data.keys, method=self._problem.case.method, **kwargs)
-
-        return self._problem.run(run, data, primals)
-
-
-def _gradients(parameters: Any, inputs: Arrays) -> Results:
-    if isinstance(parameters, nnx.State):
-        parameters = to_variables(parameters)
-    return {
-        "input gradient": inexact(inputs),
-        "parameter gradient": inexact(by_path(parameters)),
-    }
+def _modes(case: Case, seed: int) -> list[bool | None]:
+    """Training, prediction, both, or None: as the models are."""
+    if case.model is None:
+        return [None]
+    arguments = _call(case, seed)
+    sides: list[Side] = [
+        LinenSide(m, {}, False, case.method)
+        if isinstance(m, nn.Module)
+        else NnxSide(m, case.method)
+        for m in (case.module, case.model)
+    ]
+    given = [mode for mode in (side.own_mode(arguments) for side in sides) if mode is not None]
+    if given:
+        return [given[0]]
+    return [False, True] if any(side.has_mode(arguments) for side in sides) else [None]
 
 
-def _state_after(stage: str) -> str:
-    return "state" if stage == "call" else f"state after {stage}"
-
-
-def _full(primal: Any, tangent: Any) -> Any:
-    """The tangent that raw JAX demands, also of what has no direction."""
-    return np.zeros(np.shape(primal), jax.dtypes.float0) if tangent is None else tangent
+def _call(case: Case, seed: int) -> Arguments:
+    return Arguments(**drawn({"args": case.args, "kwargs": dict(case.kwargs)}, seed))
