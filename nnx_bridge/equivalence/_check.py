@@ -19,6 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -111,12 +112,15 @@ class _Session:
         self.rows: dict[tuple[str, str, str], Row] = {}
         self.skipped: list[str] = []
         self.parting: Parting | None = None
+        # Those of the first seed, which both modes start from.
+        self._variables = case.variables
 
     def run(self, training: bool | None) -> None:
         """Compares in one mode, for every seed."""
         mode = {None: "", True: "training", False: "prediction"}[training]
         self.progress(f"{mode} initialise".strip())
-        problem = Problem.make(self.case, self.seeds[0], training)
+        problem = Problem.make(self.case, self.seeds[0], training, self._variables)
+        self._variables = problem.side.variables
         if self.case.model is None:
             reference = Raw(problem)
             lifted = {"lifted on Linen": LinenRoute(problem), "lifted on NNX": HostedRoute(problem)}
@@ -192,7 +196,7 @@ class _Session:
     ) -> Iterator[Row]:
         """Rows for variables without a partner, and for values that are not the reference's."""
         for p in getattr(correspondence, "problems", ()):
-            verdict = Verdict.MISMATCH if p.misfit else Verdict.UNEXPECTED
+            verdict = Verdict.SHAPE if p.misfit else Verdict.UNEXPECTED
             verdict = Verdict.MISSING if p.missing else verdict
             yield Row(VALUE, route, p.path, p.shape, p.dtype, np.nan, np.nan, verdict, p.why)
         given = self.case.variables is not None
@@ -259,6 +263,9 @@ class _Comparison:
             for what, arrays in expected.items():
                 if what != AFTER:
                     rows += self._rows(what, found.get(what, {}), arrays, noise[what], seed)
+            if any(_unlike(row) for row in rows if row.what == "output"):
+                # A random combination of outputs needs outputs of the same shapes.
+                return rows
         return rows + list(self._steps(trained, data, seed))
 
     def _rows(self, what: str, found: Any, expected: Any, noise: Noise, seed: int) -> Iterator[Row]:
@@ -273,6 +280,8 @@ class _Comparison:
             # A layer may give more than its partner; what both give is compared.
             expected = {key: expected[key] for key in keys if key in found}
             found = {key: found[key] for key in expected}
+        if what == "layer input":
+            found = {key: _alike(found[key], x) for key, x in expected.items()}
         yield from compare_arrays(what, self.route, found, expected, noise, seed)
 
     def counts(self, row: Row) -> bool:
@@ -281,10 +290,17 @@ class _Comparison:
 
     def _noise(self, stage: str, expected: Results, data: Data, seed: int) -> dict[str, Noise]:
         self._progress(stage, "reference in float64", seed)
-        samples = [self.reference(stage, perturbed(data, i)) for i in range(_SAMPLES)]
         exact, precision = self._exact(stage, data)
+        samples = {
+            level: [self.reference(stage, moved) for moved in _moved(data, level)]
+            for level in _levels(precision)
+        }
         return {
-            what: Noise(exact.get(what, {}), [s[what] for s in samples], precision.get(what, {}))
+            what: Noise(
+                exact.get(what, {}),
+                {level: [run[what] for run in runs] for level, runs in samples.items()},
+                precision.get(what, {}),
+            )
             for what in expected
             if what != AFTER
         }
@@ -310,20 +326,34 @@ class _Comparison:
             return list(steps(program, first, self.problem, seed, number, optimizer, stage))
 
         expected, found = run(self.reference, data), run(self.model, data)
-        samples = [run(self.reference, perturbed(data, i)) for i in range(_SAMPLES)]
+        precision = self.exact.precisions.get(stage, {})
+        samples = {
+            level: [run(self.reference, moved) for moved in _moved(data, level)]
+            for level in _levels(precision)
+        }
         exact: list[Results] = [{} for _ in expected]
         if stage in self.exact.precisions:
             with jax.enable_x64(True):
                 exact = run(self.exact, wide(data))
-        precision = self.exact.precisions.get(stage, {})
         for i, results in enumerate(expected):
             for what, arrays in results.items():
                 eps = precision.get(_STEP_OF[what.partition(",")[0]], {})
-                noise = Noise(exact[i].get(what, {}), [s[i][what] for s in samples], eps)
+                moved = {level: [r[i][what] for r in runs] for level, runs in samples.items()}
+                noise = Noise(exact[i].get(what, {}), moved, eps)
                 yield from self._rows(what, found[i].get(what, {}), arrays, noise, seed)
 
     def _progress(self, stage: str, program: str, seed: int) -> None:
         self.session.progress(f"{self.route}, seed {seed}, {stage}: {program}")
+
+
+def _levels(precision: Results) -> set[float]:
+    """The machine epsilons in a program; 0 where they are not known."""
+    results = {what: arrays for what, arrays in precision.items() if what != AFTER}
+    return set(jax.tree.leaves(results)) - {0.0} or {0.0}
+
+
+def _moved(data: Data, level: float) -> Iterator[Data]:
+    return (perturbed(data, seed, level) for seed in range(_SAMPLES))
 
 
 # Whose precision the results of a step have.
@@ -346,6 +376,23 @@ def _rows(
     for what, arrays in reported.items():
         if what in results:
             yield from compare_arrays(what, route, results[what], arrays, seed=seed)
+
+
+def _alike(found: Any, expected: Any) -> Any:
+    """An input of a layer as its partner gets it: a mask may come unbroadcast, and as integers."""
+    if isinstance(found, jax.Array) and np.shape(found) != np.shape(expected):
+        try:
+            found = np.broadcast_to(np.asarray(found), np.shape(expected))
+        except ValueError:
+            return found
+    exact = any(not jnp.issubdtype(x.dtype, jnp.inexact) for x in (found, expected))
+    keys = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (found, expected))
+    return np.asarray(found).astype(expected.dtype) if exact and not keys else found
+
+
+def _unlike(row: Row) -> bool:
+    missing = row.verdict in (Verdict.MISSING, Verdict.UNEXPECTED)
+    return missing or row.verdict is Verdict.SHAPE
 
 
 def _badness(row: Row | None) -> tuple[bool, float]:
@@ -378,7 +425,8 @@ def _modes(case: Case, seed: int) -> list[bool | None]:
     given = [mode for mode in (side.own_mode(arguments) for side in sides) if mode is not None]
     if given:
         return [given[0]]
-    return [False, True] if any(side.has_mode(arguments) for side in sides) else [None]
+    # A reference that is the same in both is compared with the model as it is.
+    return [False, True] if sides[0].has_mode(arguments) else [None]
 
 
 def _call(case: Case, seed: int) -> Arguments:

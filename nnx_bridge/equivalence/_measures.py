@@ -6,6 +6,7 @@ are; the words are those of the rows of a report.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +21,14 @@ from nnx_bridge.equivalence._exact import Exact, promote
 from nnx_bridge.equivalence._problem import (
     Arrays,
     Data,
+    OWN,
     Problem,
     by_path,
     combine,
     inexact,
     with_values,
 )
-from nnx_bridge.equivalence._recording import Recorder
+from nnx_bridge.equivalence._recording import Call, Recorder
 from nnx_bridge.equivalence._sides import Arguments, Run, Side
 
 Results = dict[str, Any]
@@ -61,7 +63,7 @@ class Raw:
     ) -> None:
         self._problem, self._side = problem, side or problem.side
         self._correspondence, self._recording = correspondence, recording
-        self.calls: dict[str, str] = {}
+        self.calls: dict[str, Call] = {}
         self.failed: str | None = None
         self._compiled = {stage: jax.jit(getattr(self, stage)) for stage in STAGES}
 
@@ -74,9 +76,17 @@ class Raw:
 
     def call(self, data: Data) -> Results:
         outputs, after, (inputs, given) = self._run(data, data.variables, data.primals)
-        recorded = {"layer input": inputs, "layer output": given} if self._recording else {}
         state = self._problem.changeable(after)
-        return {"output": outputs, "state": state, **recorded, AFTER: after}
+        if not self._recording:
+            return {"output": outputs, "state": state}
+        return {
+            "layer input": inputs,
+            "layer output": given,
+            "output": outputs,
+            "state": state,
+            "parameter after the call": by_path({"params": after.get("params", {})}),
+            AFTER: after,
+        }
 
     def gradient(self, data: Data) -> Results:
         offsets = self._offsets(data)
@@ -118,8 +128,9 @@ class Raw:
         draws = next(iter(data.keys.values()), None) if self._recording else None
         own, after = variables, variables
         if self._correspondence is not None:
-            values = self._correspondence.to_model(unboxed(variables))
-            own = merged(self._side.variables, values)
+            shared = {name: tree for name, tree in variables.items() if name != OWN}
+            values = self._correspondence.to_model(unboxed(shared))
+            own = merged(merged(self._side.variables, variables.get(OWN, {})), values)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal after
@@ -134,7 +145,9 @@ class Raw:
             if recorder is not None:
                 self.calls, self.failed = recorder.calls, recorder.failed
         if self._correspondence is not None:
-            after = merged(unboxed(variables), self._correspondence.to_reference(after))
+            state = {name: tree for name, tree in after.items() if name != "params"}
+            values = self._correspondence.to_reference(after)
+            after = {**merged(unboxed(variables), values), OWN: state}
         recorded = (recorder.inputs, recorder.outputs) if recorder is not None else ({}, {})
         return outputs, after, recorded
 
@@ -143,7 +156,8 @@ class Raw:
         if not self._recording:
             return {}, {}
         shapes = jax.eval_shape(lambda: self._run(data, data.variables, data.primals)[2])
-        zeros: tuple[Arrays, Arrays] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        inputs, outputs = (inexact(arrays) for arrays in shapes)
+        zeros: tuple[Arrays, Arrays] = jax.tree.map(jnp.zeros_like, (inputs, outputs))
         return zeros
 
 
@@ -211,6 +225,7 @@ def wide(data: Data) -> Data:
     return jax.tree.map(promote, data)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _update(
     optimizer: optax.GradientTransformation, gradients: Arrays, state: Any, parameters: Arrays
 ) -> tuple[Arrays, Any]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from nnx_bridge.equivalence._correspondence import Correspondence
+from nnx_bridge.equivalence._recording import Call
 from nnx_bridge.equivalence._verdict import Row, Verdict
 
 VALUE = "variable"
@@ -43,7 +45,7 @@ class Parting:
 
 
 def pairs(
-    reference: Mapping[str, str], model: Mapping[str, str], correspondence: Correspondence
+    reference: Mapping[str, Call], model: Mapping[str, Call], correspondence: Correspondence
 ) -> tuple[dict[str, str], set[str]]:
     """Which call of a model stands for which of the reference.
 
@@ -61,8 +63,8 @@ def pairs(
         if partner in reference and partner not in found.values():
             found[name] = partner
     certain = set(found.values())
-    ours = [name if name in certain else reference[name] for name in reference]
-    theirs = [found.get(name, cls) for name, cls in model.items()]
+    ours = [name if name in certain else call.module for name, call in reference.items()]
+    theirs = [found.get(name, call.module) for name, call in model.items()]
     names, partners = list(model), list(reference)
     for a, b, size in difflib.SequenceMatcher(
         None, theirs, ours, autojunk=False
@@ -73,7 +75,7 @@ def pairs(
 
 
 def find(
-    rows: Sequence[Row], calls: Mapping[str, str], paired: Iterable[str], route: str
+    rows: Sequence[Row], calls: Mapping[str, Call], paired: Iterable[str], route: str
 ) -> Parting | None:
     """The first place at which a model parts from the reference; None where it does not.
 
@@ -90,15 +92,22 @@ def find(
         if row.what == VALUE:
             return Parting(row.path, "variable", "", route, row.error or row.verdict.value)
         if row.verdict is Verdict.RAISED:
-            return Parting(row.path, "module", calls.get(row.path, ""), route, row.error)
+            return Parting(row.path, "module", calls[row.path].module if row.path in calls else "", route, row.error)
     wanted = set(paired)
     names = [name for name in calls if name in wanted]
     by_call = _by_call(rows)
+    ended = 0
     for name in names:
+        ended += 1
         if _agree(by_call, "layer input", name) and _agree(by_call, "layer output", name) is False:
+            # A fault that is small beside the noise crosses the line some layers later: of those
+            # up to here, the place is where the difference grows most.
+            name = max(names[:ended], key=lambda n: _growth(by_call, n))
             reason = "its inputs agree, its output does not"
-            between = _between(name, names, by_call)
-            return Parting(_path(name), "module", calls[name], route, reason + between)
+            if _agree(by_call, "layer output", name):
+                reason = "its output is the first that is off by more than its inputs"
+            between = _between(name, names, calls, by_call)
+            return Parting(_path(name), "module", calls[name].module, route, reason + between)
     for row in bad:
         if row.what in ("output", "state"):
             return Parting(row.path, _kind(row), "", route, f"{row.what} {row.verdict.value}")
@@ -111,7 +120,7 @@ def find(
         if inputs is False or own:
             part = "its inputs" if inputs is False else f"its parameter {own[0].path}"
             reason = f"the gradient of its output agrees, that of {part} does not"
-            return Parting(_path(name), "module", calls[name], route, reason)
+            return Parting(_path(name), "module", calls[name].module, route, reason)
     hidden = ("layer input", "layer output", "layer input gradient", "layer output gradient")
     row = next((row for row in bad if row.what not in hidden), bad[0])
     return Parting(row.path, _kind(row), "", route, f"{row.what} {row.verdict.value}")
@@ -155,14 +164,33 @@ def _agree(by_call: Mapping[tuple[str, str], list[Row]], what: str, name: str) -
     return all(row.verdict.agrees for row in rows)
 
 
-def _between(name: str, names: Sequence[str], by_call: Mapping[tuple[str, str], list[Row]]) -> str:
+def _growth(by_call: Mapping[tuple[str, str], list[Row]], name: str) -> float:
+    """How much further a call's outputs are off than its inputs, in units of the noise."""
+    if not _agree(by_call, "layer input", name):
+        return 0.0
+    inputs = (row.max_roundings for row in by_call.get(("layer input", name), ()))
+    outputs = by_call.get(("layer output", name), ())
+    before, after = max(inputs, default=0.0), max((r.max_roundings for r in outputs), default=0.0)
+    if any(not row.verdict.agrees and math.isnan(row.max_roundings) for row in outputs):
+        return math.inf
+    return after / max(before, 1.0)
+
+
+def _between(
+    name: str,
+    names: Sequence[str],
+    calls: Mapping[str, Call],
+    by_call: Mapping[tuple[str, str], list[Row]],
+) -> str:
     """Which of the modules inside one surround the place."""
     prefix = f"{_path(name)}/" if _path(name) else ""
     inner = [n for n in names if n != name and n.startswith(prefix)]
+    wrong = [n for n in inner if _agree(by_call, "layer input", n) is False]
     good = [n for n in inner if _agree(by_call, "layer output", n)]
-    first = next((n for n in inner if _agree(by_call, "layer input", n) is False), None)
+    first = min(wrong, key=lambda n: calls[n].begun, default=None)
     if first is not None:
-        good = [n for n in good if names.index(n) < names.index(first)]
+        ended = set(list(calls)[: calls[first].ended])
+        good = [n for n in good if n in ended]
     after = f"; it is after {good[-1]}" if good else ""
     before = f"{' and' if after else '; it is'} before {first}" if first is not None else ""
     return after + before

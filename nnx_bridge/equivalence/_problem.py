@@ -24,6 +24,9 @@ from nnx_bridge.host._host import default_mutable
 
 Arrays = dict[str, Any]  # Arrays by their paths.
 
+# Where a model keeps its own state from step to step, which the reference may know nothing of.
+OWN = "state of the model"
+
 # How far random parameters are from those that they are made of.
 _NOISE = 0.1
 
@@ -68,13 +71,20 @@ class Problem:
     data: Data
 
     @classmethod
-    def make(cls, case: Case, seed: int, training: bool | None = None) -> Problem:
+    def make(
+        cls,
+        case: Case,
+        seed: int,
+        training: bool | None = None,
+        variables: Variables | None = None,
+    ) -> Problem:
         """Draws what the case leaves to the seed.
 
         Args:
           case: The case.
           seed: Where variables, inputs, keys and directions come from.
           training: The mode to put the reference in; None for what the case says.
+          variables: Those of the case for the seed, where they are known.
 
         Raises:
           CaseError: The module does not run, or there is nothing to differentiate.
@@ -83,7 +93,8 @@ class Problem:
         side: Side
         if isinstance(case.module, nn.Module):
             bare = LinenSide(case.module, {}, False, case.method).in_mode(training, arguments)
-            variables = case.variables or _initialised(case, bare, arguments, case.keys(seed))
+            variables = case.variables or variables
+            variables = variables or _initialised(case, bare, arguments, case.keys(seed))
             mutable = default_mutable(variables) if case.mutable is None else case.mutable
             side = dataclasses.replace(bare, variables=variables, mutable=mutable)
         else:
@@ -140,7 +151,8 @@ class Problem:
 
     def changeable(self, variables: Mapping[str, Any]) -> Arrays:
         """The arrays of the collections that the call may change."""
-        return by_path({name: x for name, x in variables.items() if in_filter(self.mutable, name)})
+        kept = [n for n in variables if n != OWN and in_filter(self.mutable, n)]
+        return by_path({name: variables[name] for name in kept})
 
     @property
     def has_parameters(self) -> bool:
@@ -188,18 +200,26 @@ def inexact(arrays: Arrays) -> Arrays:
     return {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
-def perturbed(data: Data, seed: int) -> Data:
-    """The data with each parameter and input moved by a rounding of its own dtype, or not at all.
+def perturbed(data: Data, seed: int, precision: float = 0.0) -> Data:
+    """The data with each parameter and input moved by a rounding, or not at all.
 
     What a program makes of it shows how far rounding carries there.
+
+    Args:
+      data: The data.
+      seed: Where the directions come from.
+      precision: The machine epsilon that the program works with, where it is coarser than that of
+        the data.
     """
     random = np.random.default_rng([seed, 2])
 
     def move(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        signs = jnp.asarray(random.integers(-1, 2, x.shape), x.dtype)
-        return x + x * signs * float(jnp.finfo(x.dtype).eps)
+        size = max(float(jnp.finfo(x.dtype).eps), precision / 2)
+        # In NumPy: a small program of JAX for each shape would have to be compiled.
+        factor = 1 + size * random.integers(-1, 2, x.shape)
+        return jnp.asarray((np.asarray(x) * factor).astype(x.dtype))
 
     return data._replace(
         variables=jax.tree.map(move, data.variables), inputs=jax.tree.map(move, data.inputs)
@@ -244,12 +264,15 @@ def _randomized(variables: Variables, seed: int) -> dict[str, Any]:
     def noisy(x: Any) -> Any:
         if not jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact):
             return x
-        size = float(jnp.sqrt(jnp.mean(jnp.abs(x) ** 2))) if np.size(x) else 0.0
-        noise = random.standard_normal(np.shape(x)) * _NOISE
-        if size and bool((jnp.asarray(x).real > 0).all()):
+        values = np.asarray(x)
+        size = float(np.sqrt(np.sum(np.abs(values.astype(np.complex128)) ** 2) / max(values.size, 1)))
+        noise = random.standard_normal(x.shape) * _NOISE
+        if size and (values.real > 0).all():
             # A variance, or a scale: it stays positive.
-            return x * jnp.asarray(np.exp(noise), x.dtype)
-        return x + jnp.asarray(noise * (size or 1.0), x.dtype)
+            moved = values * np.exp(noise)
+        else:
+            moved = values + noise * (size or 1.0)
+        return jnp.asarray(moved.astype(x.dtype))
 
     chosen = ("params", "batch_stats")
     return {c: jax.tree.map(noisy, v) if c in chosen else v for c, v in variables.items()}

@@ -15,19 +15,33 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
 from nnx_bridge import _flax_private
 from nnx_bridge.captures._method_outputs import intercepting, is_method
+from nnx_bridge.host._host import Host
 from nnx_bridge.host._tree import Node
 
 Arrays = dict[str, Any]
+
+
+class Call(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+      module: The class of the module.
+      begun: How many calls had begun when it began.
+      ended: How many calls had ended by then.
+    """
+
+    module: str
+    begun: int
+    ended: int
 
 
 class Recorder:
@@ -38,19 +52,20 @@ class Recorder:
         `outputs`; the gradients there are those of the offsets.
 
     Attributes:
-      inputs: The floating point arrays that each call got, by the name of the call.
+      inputs: The arrays that each call got, by the name of the call.
       outputs: Those that it gave.
-      calls: The names of the calls in the order in which they ended, with the class of the module.
+      calls: The calls by their names, in the order in which they ended.
       failed: The innermost module that an exception passed through.
     """
 
     def __init__(self, offsets: tuple[Arrays, Arrays] | None = None) -> None:
         self.inputs: Arrays = {}
         self.outputs: Arrays = {}
-        self.calls: dict[str, str] = {}
+        self.calls: dict[str, Call] = {}
         self.failed: str | None = None
         self.offsets = offsets or ({}, {})
         self._open: set[tuple[str, str]] = set()
+        self._begun = 0
         self._counts: dict[str, int] = {}
         self._trace = _flax_private.trace_state()
         self._hosts: list[str] = []
@@ -65,8 +80,10 @@ class Recorder:
         name = path if method == "__call__" else f"{path}.{method}"
         self._open.add((path, method))
         try:
+            self._begun += 1
             count = self._counts[name] = self._counts.get(name, 0) + 1
             name = name if count == 1 else f"{name} (call {count})"
+            begun, ended = self._begun, len(self.calls)
             args, kwargs = self._note(name, (args, kwargs), self.inputs, self.offsets[0])
             y = self._note(name, fn(*args, **kwargs), self.outputs, self.offsets[1])
         except Exception:
@@ -74,17 +91,16 @@ class Recorder:
             raise
         finally:
             self._open.remove((path, method))
-        self.calls[name] = cls
+        self.calls[name] = Call(cls, begun, ended)
         return y
 
     def _note(self, name: str, tree: Any, arrays: Arrays, offsets: Arrays) -> Any:
         def note(path: Any, leaf: Any) -> Any:
-            if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            if not isinstance(leaf, jax.Array):
                 return leaf
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             key = f"{name} [{where}]" if where else name
-            # As a value of the user's it must not become another dtype.
-            leaf = leaf + offsets[key].astype(leaf.dtype) if key in offsets else leaf
+            leaf = leaf + offsets[key] if key in offsets else leaf
             arrays[key] = leaf
             return leaf
 
@@ -95,7 +111,7 @@ class Recorder:
         """Records the calls of Linen modules and of those of `model`."""
         modules: list[nnx.Module] = []
         for path, module in nnx.iter_modules(model, graph=True) if model is not None else ():
-            if isinstance(module, Node) and not hasattr(type(module), "__call__"):
+            if isinstance(module, Node) and not isinstance(module, Host):
                 continue
             self._paths[id(module)] = "/".join(map(str, path))
             modules.append(module)
@@ -121,7 +137,7 @@ class Recorder:
         if path is None:
             # A copy that a transform has made.
             return call(*args, **kwargs)
-        if not isinstance(module, Node):
+        if not isinstance(module, Host):
             return self.call(path, type(module).__name__, name, call, args, kwargs)
         # Of a host the calls of its Linen modules count.
         self._hosts.append(path)

@@ -56,7 +56,8 @@ class Verdict(enum.Enum):
     NAN = "not a number"
     MISSING = "missing"
     UNEXPECTED = "unexpected"
-    MISMATCH = "other shape or dtype"
+    SHAPE = "other shape"
+    DTYPE = "other dtype"
     RAISED = "raised an error"
 
     @property
@@ -115,13 +116,18 @@ class Noise:
 
     Attributes:
       exact: The arrays in float64.
-      samples: The arrays of further runs of the reference, each moved by roundings.
+      samples: The arrays of further runs of the reference, each moved by roundings, by the machine
+        epsilon of these.
       precision: The machine epsilon behind each array.
     """
 
     exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    samples: Sequence[Mapping[str, Any]] = ()
+    samples: Mapping[float, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def runs(self, path: str) -> list[Any]:
+        """An array in the runs whose data was moved by what is rounded on the way to it."""
+        return [run[path] for run in self.samples.get(self.precision.get(path, 0.0), ())]
 
 
 def compare_arrays(
@@ -165,7 +171,8 @@ def _compare(path: str, actual: Any, reference: Any, noise: Noise | None, scale:
     if actual.shape != reference.shape or actual.dtype != reference.dtype:
         found = f"{actual.dtype}{list(actual.shape)} in the place of "
         found += f"{reference.dtype}{list(reference.shape)}"
-        return {"verdict": Verdict.MISMATCH, "error": found}
+        other = Verdict.DTYPE if actual.shape == reference.shape else Verdict.SHAPE
+        return {"verdict": other, "error": found}
     inexact = _inexact(reference)
     eps = float(jnp.finfo(reference.dtype).eps) if inexact else 0.0
     found, wanted = _wide(actual), _wide(reference)
@@ -180,7 +187,7 @@ def _compare(path: str, actual: Any, reference: Any, noise: Noise | None, scale:
     exact, samples = wanted, [wanted]
     if noise is not None:
         exact = _wide(noise.exact.get(path, wanted))
-        samples = [wanted, *(_wide(sample[path]) for sample in noise.samples)]
+        samples = [wanted, *map(_wide, noise.runs(path))]
         eps = max(eps, noise.precision.get(path, 0.0)) / (2 if path in noise.exact else 1)
     with np.errstate(all="ignore"):
         # Equal elements count as such, wherever float64 is.
