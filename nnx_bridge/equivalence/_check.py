@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import nnx
 
 from nnx_bridge.equivalence._case import Case, CaseError
 from nnx_bridge.equivalence._correspondence import Correspondence, Paths, arrays_of, unboxed
@@ -35,6 +36,7 @@ from nnx_bridge.equivalence._report import Report
 from nnx_bridge.equivalence._routes import HostedRoute, LinenRoute
 from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Side
 from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays, raised
+from nnx_bridge.host._host import check_linen_module
 
 # What serves to find the place of a fault, and is no result of its own.
 _UNREPORTED = ("layer input", "layer input gradient", "output with gradient")
@@ -138,9 +140,9 @@ class _Session:
             rows = comparison.rows(data, seed)
             if seed == self.seeds[0]:
                 rows = [*self._values(problem, side, correspondence, comparison.route), *rows]
-            counted = [row for row in rows if comparison.counts(row)]
-            self.add(counted)
-            if self.parting is None and not all(row.verdict.agrees for row in counted):
+            results = [row for row in rows if comparison.counts(row)]
+            self.add(results)
+            if self.parting is None and not all(row.verdict.agrees for row in results):
                 paired = comparison.names.values()
                 self.parting = find(rows, reference.calls, paired, comparison.route)
 
@@ -148,7 +150,7 @@ class _Session:
         """Adds rows, of which the worst of each array counts."""
         for row in rows:
             key = (row.what, row.route, row.path)
-            if row.what not in _UNREPORTED and _badness(row) >= _badness(self.rows.get(key)):
+            if _badness(row) >= _badness(self.rows.get(key)):
                 self.rows[key] = row
 
     def _compare(
@@ -165,7 +167,7 @@ class _Session:
                     raise failure(f"the {stage} of {name} in raw JAX", error) from error
                 # A module with a custom_vjp, for one, has no forward mode.
                 self.skip(stage, error)
-        rows = []
+        rows: list[Row] = []
         for route, program in routes.items():
             for stage, expected in results.items():
                 self.progress(f"{stage}: {route}")
@@ -179,15 +181,15 @@ class _Session:
 
     def _correspond(self, problem: Problem, side: Side) -> Correspondence:
         given = self.case.correspondence
-        if given is not None and hasattr(given, "to_model"):
+        if isinstance(given, Correspondence):
             return given
         reference = unboxed(problem.side.variables)
-        paths = Paths(reference, unboxed(side.variables), given)  # type: ignore[arg-type]
+        paths = Paths(reference, unboxed(side.variables), given)
         if not paths.found_any:
             problems = "; ".join(f"{p.path}: {p.why}" for p in paths.problems[:3])
             raise CaseError(
-                f"{self.case.name}: no variable of the reference is one of {side.name}. {problems}. "
-                "Say which stands for which: correspondence={'Dense_0': 'first'}"
+                f"{self.case.name}: no variable of the reference is one of {side.name}. "
+                f"{problems}. Say which stands for which: correspondence={{'Dense_0': 'first'}}"
             )
         return paths
 
@@ -280,12 +282,19 @@ class _Comparison:
             # A layer may give more than its partner; what both give is compared.
             expected = {key: expected[key] for key in keys if key in found}
             found = {key: found[key] for key in expected}
+        if what == "layer input gradient":
+            # Of a mask that is broadcast the gradient has another shape.
+            same = [key for key, x in expected.items() if np.shape(x) == np.shape(found[key])]
+            expected = {key: expected[key] for key in same}
+            found = {key: found[key] for key in same}
         if what == "layer input":
             found = {key: _alike(found[key], x) for key, x in expected.items()}
         yield from compare_arrays(what, self.route, found, expected, noise, seed)
 
     def counts(self, row: Row) -> bool:
         """Whether a row is a result: that of a layer is one if its partner is beyond doubt."""
+        if row.what in _UNREPORTED:
+            return False
         return row.what not in _LAYERS or row.path.partition(" [")[0] in self.certain
 
     def _noise(self, stage: str, expected: Results, data: Data, seed: int) -> dict[str, Noise]:
@@ -403,10 +412,11 @@ def _badness(row: Row | None) -> tuple[bool, float]:
 
 def _model_side(case: Case, problem: Problem, seed: int, training: bool | None) -> Side:
     arguments = _call(case, seed)
-    if not isinstance(case.model, nn.Module):
+    if isinstance(case.model, nnx.Module):
         return NnxSide(case.model, case.method).in_mode(training, arguments)
     # Its own variables are those of the same seed.
-    of_model = Case(case.model, case.args, case.kwargs, method=case.method, rngs=case.rngs)
+    module = check_linen_module(case.model)
+    of_model = Case(module, case.args, case.kwargs, method=case.method, rngs=case.rngs)
     side = Problem.make(of_model, seed, training).side
     return dataclasses.replace(side, mutable=problem.mutable)  # type: ignore[type-var]
 
@@ -416,17 +426,19 @@ def _modes(case: Case, seed: int) -> list[bool | None]:
     if case.model is None:
         return [None]
     arguments = _call(case, seed)
-    sides: list[Side] = [
-        LinenSide(m, {}, False, case.method)
-        if isinstance(m, nn.Module)
-        else NnxSide(m, case.method)
-        for m in (case.module, case.model)
-    ]
+    sides = [_bare(module, case) for module in (case.module, case.model)]
     given = [mode for mode in (side.own_mode(arguments) for side in sides) if mode is not None]
     if given:
         return [given[0]]
     # A reference that is the same in both is compared with the model as it is.
     return [False, True] if sides[0].has_mode(arguments) else [None]
+
+
+def _bare(module: Any, case: Case) -> Side:
+    """A side without variables, which is enough to see its signature."""
+    if isinstance(module, nn.Module):
+        return LinenSide(module, {}, False, case.method)
+    return NnxSide(module, case.method)
 
 
 def _call(case: Case, seed: int) -> Arguments:

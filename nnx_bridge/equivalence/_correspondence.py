@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from nnx_bridge._collections import Path, Variables, flatten, nest
 Renaming: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 
 
+@runtime_checkable
 class Correspondence(Protocol):
     """How the variables of a reference become those of a model, and back.
 
@@ -134,8 +135,9 @@ def merged(base: Variables, changes: Variables) -> dict[str, Any]:
     result = dict(base)
     for key, value in changes.items():
         old = result.get(key)
-        inner = isinstance(value, Mapping) and isinstance(old, Mapping)
-        result[key] = merged(old, value) if inner else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = merged(old, value)
+        result[key] = value
     return result
 
 

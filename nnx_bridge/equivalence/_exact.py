@@ -1,7 +1,7 @@
 """A program of JAX in float64, whatever dtypes it was written in.
 
-`jax.enable_x64` alone does not make a model exact: one that says `dtype=bfloat16` stays in bfloat16.
-So the program is traced as it is, and its equations are run again with every floating type replaced
+`jax.enable_x64` alone does not make a model exact: one that says `dtype=bfloat16` keeps to it. So
+the program is traced as it is, and its equations are run again with every floating type replaced
 by float64 (complex by complex128). What the dtypes are part of is done in the dtypes that were
 written, and the result widened: a bit pattern, the next number. The random bits are therefore those
 of the original program, and so are masks drawn from them.
@@ -28,6 +28,10 @@ _CHECKPOINTS = ("checkpoint", "remat", "remat2")
 _AS_WRITTEN = ("bitcast_convert_type", "nextafter")
 
 
+# Programs that run a few times are compiled for longer than they run.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
 class Exact:
     """A function in float64.
 
@@ -44,7 +48,7 @@ class Exact:
         self._closed, self._structure = closed, jax.tree.structure(shapes)
         leaves = [_eps(leaf.dtype) for leaf in jax.tree.leaves(data)]
         self.precision = jax.tree.unflatten(self._structure, _precisions(closed, leaves))
-        self._run = jax.jit(lambda leaves: _run(closed, leaves))
+        self._run = jax.jit(lambda leaves: _run(closed, leaves), compiler_options=QUICKLY)
 
     def __call__(self, data: Any) -> Any:
         """The result, in NumPy arrays but for PRNG keys."""
@@ -75,7 +79,8 @@ def _run(closed: Any, arguments: Sequence[Any]) -> list[Any]:
     def read(atom: Any) -> Any:
         if isinstance(atom, core.Literal):
             # First in the dtype that was written: 0.9 is another number in float32.
-            return promote(np.asarray(atom.val, atom.aval.dtype))
+            aval: Any = atom.aval
+            return promote(np.asarray(atom.val, aval.dtype))
         return values[atom]
 
     for equation in jaxpr.eqns:

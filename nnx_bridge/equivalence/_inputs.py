@@ -40,7 +40,7 @@ class Random:
         if jnp.issubdtype(self.dtype, jnp.integer) and self.high is None:
             raise ValueError(
                 f"an input of dtype {np.dtype(self.dtype)} and shape {list(self.shape)} has no "
-                "range; say which values the model takes: Random(shape, dtype, high=vocabulary_size)"
+                "range; say which values the model takes: Random(shape, dtype, high=...)"
             )
         if self.high is not None and self.high <= (self.low or 0):
             raise ValueError(f"no value lies in [{self.low or 0}, {self.high})")

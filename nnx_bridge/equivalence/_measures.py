@@ -17,11 +17,11 @@ import optax
 
 from nnx_bridge._collections import Variables
 from nnx_bridge.equivalence._correspondence import Correspondence, merged, unboxed
-from nnx_bridge.equivalence._exact import Exact, promote
+from nnx_bridge.equivalence._exact import QUICKLY, Exact, promote
 from nnx_bridge.equivalence._problem import (
+    OWN,
     Arrays,
     Data,
-    OWN,
     Problem,
     by_path,
     combine,
@@ -65,7 +65,10 @@ class Raw:
         self._correspondence, self._recording = correspondence, recording
         self.calls: dict[str, Call] = {}
         self.failed: str | None = None
-        self._compiled = {stage: jax.jit(getattr(self, stage)) for stage in STAGES}
+        options = QUICKLY if recording else None
+        self._compiled = {
+            stage: jax.jit(getattr(self, stage), compiler_options=options) for stage in STAGES
+        }
 
     def __call__(self, stage: str, data: Data) -> Results:
         return dict(self._compiled[stage](data))

@@ -92,7 +92,13 @@ def find(
         if row.what == VALUE:
             return Parting(row.path, "variable", "", route, row.error or row.verdict.value)
         if row.verdict is Verdict.RAISED:
-            return Parting(row.path, "module", calls[row.path].module if row.path in calls else "", route, row.error)
+            return Parting(
+                row.path,
+                "module",
+                calls[row.path].module if row.path in calls else "",
+                route,
+                row.error,
+            )
     wanted = set(paired)
     names = [name for name in calls if name in wanted]
     by_call = _by_call(rows)

@@ -191,7 +191,8 @@ def by_path(tree: Any) -> Arrays:
 def with_values(tree: Any, values: Arrays) -> Any:
     """The pytree with other arrays in it, given as `by_path` gives them."""
     paths = [_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))]
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    structure: Any = treedef
     return structure.unflatten([values.get(p, x) for p, x in zip(paths, leaves, strict=True)])
 
 
@@ -265,7 +266,8 @@ def _randomized(variables: Variables, seed: int) -> dict[str, Any]:
         if not jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact):
             return x
         values = np.asarray(x)
-        size = float(np.sqrt(np.sum(np.abs(values.astype(np.complex128)) ** 2) / max(values.size, 1)))
+        squares = np.abs(values.astype(np.complex128)) ** 2
+        size = float(np.sqrt(squares.sum() / max(values.size, 1)))
         noise = random.standard_normal(x.shape) * _NOISE
         if size and (values.real > 0).all():
             # A variance, or a scale: it stays positive.

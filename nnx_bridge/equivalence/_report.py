@@ -177,8 +177,8 @@ def finding(row: Row) -> str:
         return f"differs by {row.max_error:.3g} in {where}, which must be equal"
     if not math.isnan(row.noise):
         return (
-            f"differs by {row.max_error:.3g} in {where}: {row.max_roundings:.2g} times the noise of "
-            f"the reference; at most {TOLERANCE:g} are allowed"
+            f"differs by {row.max_error:.3g} in {where}: {row.max_roundings:.2g} times the noise "
+            f"of the reference; at most {TOLERANCE:g} are allowed"
         )
     return (
         f"differs by {row.max_error:.3g}, {_roundings(row.max_roundings)} of {where}; at most "

@@ -11,7 +11,7 @@ import lifted
 from nnx_bridge._collections import to_variables
 from nnx_bridge.equivalence._measures import Results
 from nnx_bridge.equivalence._problem import Arrays, Data, Problem, by_path, combine, inexact
-from nnx_bridge.host._host import Host, unhost
+from nnx_bridge.host._host import Host, check_linen_module, unhost
 
 
 class LinenRoute:
@@ -19,12 +19,13 @@ class LinenRoute:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        self._module = check_linen_module(problem.case.module)
 
     def __call__(self, stage: str, data: Data) -> Results:
         p = self._problem
 
         def program(data: Data) -> Results:
-            module = p.case.module.bind(data.variables, rngs=data.keys, mutable=p.mutable)
+            module = self._module.bind(data.variables, rngs=data.keys, mutable=p.mutable)
             results: Results = getattr(self, stage)(module, data)
             return {**results, _state_after(stage): p.changeable(module.unbind()[1])}
 
@@ -67,7 +68,7 @@ class HostedRoute(LinenRoute):
 
     def __call__(self, stage: str, data: Data) -> Results:
         p = self._problem
-        model = Host(p.case.module, data.variables, mutable=p.mutable)
+        model = Host(self._module, data.variables, mutable=p.mutable)
         # The model holds the variables; what it left as it was must not come from elsewhere.
         data = data._replace(variables={})
         results: Results = nnx.jit(getattr(self, stage))(model, data)

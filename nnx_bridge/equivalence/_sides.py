@@ -22,7 +22,7 @@ from nnx_bridge.equivalence._correspondence import merged
 from nnx_bridge.equivalence._recording import Recorder, drawing, streams
 from nnx_bridge.host._host import Host, Method, unhost
 
-# Arguments and fields by which models are told whether they are in training, and what they are then.
+# Arguments and fields by which models are told whether they train, and their values when they do.
 MODES = {
     "train": True,
     "training": True,
@@ -51,7 +51,9 @@ class Run(NamedTuple):
 class Side(Protocol):
     """A model as a pure function."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     @property
     def variables(self) -> Variables:
@@ -101,7 +103,9 @@ class LinenSide:
         if training is None:
             return self
         extra = _mode_arguments(self._function(), arguments, training)
-        fields = {} if extra else {n: MODES[n] is training for n in _mode_fields(self.module)}
+        fields: dict[str, Any] = {}
+        if not extra:
+            fields = {name: MODES[name] is training for name in _mode_fields(self.module)}
         return dataclasses.replace(
             self, module=self.module.clone(**fields) if fields else self.module, extra=extra
         )

@@ -169,16 +169,16 @@ def _compare(path: str, actual: Any, reference: Any, noise: Noise | None, scale:
     if actual is None or reference is None:
         return {"verdict": Verdict.MISSING if actual is None else Verdict.UNEXPECTED}
     if actual.shape != reference.shape or actual.dtype != reference.dtype:
-        found = f"{actual.dtype}{list(actual.shape)} in the place of "
-        found += f"{reference.dtype}{list(reference.shape)}"
+        came = f"{actual.dtype}{list(actual.shape)} in the place of "
+        came += f"{reference.dtype}{list(reference.shape)}"
         other = Verdict.DTYPE if actual.shape == reference.shape else Verdict.SHAPE
-        return {"verdict": other, "error": found}
+        return {"verdict": other, "error": came}
     inexact = _inexact(reference)
     eps = float(jnp.finfo(reference.dtype).eps) if inexact else 0.0
     found, wanted = _wide(actual), _wide(reference)
     if inexact and (np.isnan(found).any() or np.isnan(wanted).any()):
         return {"verdict": Verdict.NAN, "error": _not_a_number(found, wanted)}
-    same = found == wanted
+    same = np.asarray(found == wanted)
     if same.all():
         return {"max_error": 0.0, "max_roundings": 0.0, "verdict": Verdict.EQUAL}
     if not inexact:

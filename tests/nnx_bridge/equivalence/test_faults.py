@@ -37,7 +37,7 @@ FAULTS: dict[str, tuple[Any, str, str, str]] = {
     "epsilon": (mlp(False, epsilon=1e-3), "module", "LayerNorm_0", "output does not"),
     "momentum": (mlp(momentum=0.8), "variable", "batch_stats/BatchNorm_0/mean", "state"),
     "activation": (
-        mlp(False, activation=nnx.relu), "module", "", "after BatchNorm_0 and before mix",
+        mlp(False, activation=nnx.relu), "module", "", "after BatchNorm_0 and before Dropout_0",
     ),
     "missing residual": (
         mlp(False, residual=False), "module", "", "after mix and before LayerNorm_0",

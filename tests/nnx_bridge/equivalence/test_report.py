@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from nnx_bridge import Report, Row, Verdict
-from nnx_bridge.equivalence._report import TOLERANCE, compare_arrays, raised
+from nnx_bridge.equivalence._verdict import TOLERANCE, compare_arrays, raised
 
 ONES = jnp.ones((2, 3))
 
 
 def report(*rows: Row) -> Report:
-    return Report("Model", rows, seed=0, versions={"flax": "1", "jax": "2"})
+    return Report("Model", rows, seeds=(0,), versions={"flax": "1", "jax": "2"})
 
 
 def row(actual: Any, reference: Any, path: str = "kernel") -> Row:
@@ -47,10 +47,10 @@ def test_equal_keys_are_equal_and_others_are_not() -> None:
 def test_the_tolerance_is_in_roundings_of_the_largest_value(dtype: str) -> None:
     reference = jnp.asarray([0.0, 1000.0], dtype)
     unit = float(jnp.finfo(dtype).eps) * 1000
-    within = row(reference.at[0].set(0.9 * TOLERANCE * unit), reference)
-    beyond = row(reference.at[0].set(1.1 * TOLERANCE * unit), reference)
+    within = row(reference.at[0].set(1.8 * TOLERANCE * unit), reference)
+    beyond = row(reference.at[0].set(2.2 * TOLERANCE * unit), reference)
     assert within.verdict is Verdict.ROUNDING
-    assert within.max_roundings == pytest.approx(0.9 * TOLERANCE, rel=0.01)
+    assert within.max_roundings == pytest.approx(1.8 * TOLERANCE, rel=0.01)
     assert beyond.verdict is Verdict.DIFFERS
 
 
@@ -72,12 +72,12 @@ def test_equal_infinities_are_equal() -> None:
 def test_what_is_not_a_number_never_agrees_and_is_counted() -> None:
     found = row(ONES.at[0, 0].set(jnp.nan), ONES.at[0, 0].set(jnp.nan), path="logits")
     assert found.verdict is Verdict.NAN
-    assert "logits: not a number: 1 of 6 values, and 1 in raw JAX" in shown(report(found))
+    assert "logits: not a number: 1 of 6 values, and 1 in the reference" in shown(report(found))
 
 
-@pytest.mark.parametrize("actual", [jnp.ones((3, 2)), jnp.ones((2, 3), jnp.bfloat16)])
-def test_another_shape_or_dtype_is_a_verdict_of_its_own(actual: jax.Array) -> None:
-    assert row(actual, ONES).verdict is Verdict.MISMATCH
+def test_another_shape_or_dtype_is_a_verdict_of_its_own() -> None:
+    assert row(jnp.ones((3, 2)), ONES).verdict is Verdict.SHAPE
+    assert row(ONES.astype(jnp.bfloat16), ONES).verdict is Verdict.DTYPE
 
 
 def test_arrays_that_only_one_side_has_are_found() -> None:
