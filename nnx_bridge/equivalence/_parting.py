@@ -110,6 +110,12 @@ def find(
             # up to here, the place is where the difference grows most.
             name = max(names[:ended], key=lambda n: _growth(by_call, n))
             reason = "its inputs agree, its output does not"
+            outputs = by_call[("layer output", name)]
+            reason += "".join(
+                f" ({row.error})"
+                for row in outputs
+                if row.verdict in (Verdict.NAN, Verdict.SHAPE, Verdict.DTYPE)
+            )
             if _agree(by_call, "layer output", name):
                 reason = "its output is the first that is off by more than its inputs"
             between = _between(name, names, calls, by_call)

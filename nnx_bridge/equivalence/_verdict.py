@@ -247,7 +247,8 @@ def _finite(values: Any) -> Any:
 def _not_a_number(found: Any, wanted: Any) -> str:
     here, there = (int(np.isnan(x).sum()) for x in (found, wanted))
     first = tuple(map(int, np.argwhere(np.isnan(found) | np.isnan(wanted))[0]))
-    return f"{here} of {found.size} values, and {there} in the reference; the first at {first}"
+    counts = f"{here} of {found.size} values are no numbers, and {there} in the reference"
+    return f"{counts}; the first at {first}"
 
 
 def _wide(array: Any) -> np.ndarray[Any, Any]:

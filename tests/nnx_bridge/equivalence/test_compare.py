@@ -216,3 +216,14 @@ def test_float64_is_reached_through_explicit_dtypes_scans_and_checkpoints() -> N
     precision = {name: float(jnp.finfo(dtype).eps) for name, dtype in
                  (("rounded", BF16), ("plain", jnp.float32))}  # fmt: skip
     assert exact.precision == precision
+
+
+def test_what_is_not_a_number_is_named_with_its_layer() -> None:
+    class Roots(nnx.Linear):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jnp.sqrt(super().__call__(x))
+
+    x = jax.ShapeDtypeStruct((8, 4), "float32")
+    report = compare(nn.Dense(3), Roots(4, 3, rngs=nnx.Rngs(0)), x, seeds=1, steps=1)
+    assert report.parting is not None
+    assert "are no numbers, and 0 in the reference; the first at (" in report.parting.reason
