@@ -13,8 +13,10 @@ from nnx_bridge.cli._console import (
     fail,
     import_from_here,
     is_stdout,
-    steps as progress_of,
     write_json,
+)
+from nnx_bridge.cli._console import (
+    steps as progress_of,
 )
 from nnx_bridge.equivalence import CaseError, Report, check, load_case
 
