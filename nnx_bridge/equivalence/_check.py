@@ -35,6 +35,8 @@ from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Side
 from nnx_bridge.equivalence._verdict import Row, Verdict, compare_arrays, raised
 from nnx_bridge.host._host import check_linen_module
 
+_SGD = optax.sgd(0.01, momentum=0.9)
+
 
 def check(
     case: Case,
@@ -72,8 +74,7 @@ def check(
     """
     if seeds < 1:
         raise ValueError(f"seeds: at least one is needed, got {seeds}")
-    optimizer = optimizer or optax.sgd(0.01, momentum=0.9)
-    session = _Session(case, range(seed, seed + seeds), steps, optimizer, progress)
+    session = _Session(case, range(seed, seed + seeds), steps, optimizer or _SGD, progress)
     for training in _modes(case, seed):
         session.run(training)
     versions = {package: version(package) for package in ("flax", "jax")}

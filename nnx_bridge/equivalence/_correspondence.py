@@ -100,7 +100,9 @@ class Paths:
                 self._pairs[path] = partner
             modules[normal(renamed(path_text(path[1:-1]), renaming))] = path_text(path[1:-1])
         known = [path_text(p) for p in ours]
-        for path in by_name.values():
+        # A collection that only the model has shows in what it computes, or not at all.
+        compared = {"params", *(path[0] for path in ours)}
+        for path in (path for path in by_name.values() if path[0] in compared):
             why = f"the reference has none; {_few(suggestion(path_text(path), known))}"
             self.problems.append(_problem(path, theirs[path], why))
         self._modules = modules

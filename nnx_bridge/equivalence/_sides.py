@@ -238,15 +238,25 @@ def _mode_arguments(
     function: Callable[..., Any], arguments: Arguments, training: bool
 ) -> dict[str, bool]:
     """The arguments of a mode that the call leaves open."""
-    bound = inspect.signature(function).bind_partial(*arguments.args, **_known(function, arguments))
+    given = _bound(function, arguments)
     named = [name for name in MODES if name in _parameters(function)]
-    return {n: MODES[n] is training for n in named if n not in bound.arguments}
+    return {name: MODES[name] is training for name in named if name not in given}
 
 
 def _given_mode(function: Callable[..., Any], arguments: Arguments) -> bool | None:
-    bound = inspect.signature(function).bind_partial(*arguments.args, **_known(function, arguments))
-    given = [(name, bound.arguments[name]) for name in MODES if name in bound.arguments]
-    return next((MODES[name] is value for name, value in given if isinstance(value, bool)), None)
+    given = _bound(function, arguments)
+    values = [(name, given[name]) for name in MODES if isinstance(given.get(name), bool)]
+    return next((MODES[name] is value for name, value in values), None)
+
+
+def _bound(function: Callable[..., Any], arguments: Arguments) -> Mapping[str, Any]:
+    """The arguments by the names of the parameters."""
+    try:
+        signature = inspect.signature(function)
+        return signature.bind_partial(*arguments.args, **_known(function, arguments)).arguments
+    except TypeError:
+        # That they do not fit is for the call to say.
+        return {}
 
 
 def _understood(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

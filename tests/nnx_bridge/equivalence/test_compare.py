@@ -186,6 +186,40 @@ def test_inputs_that_do_not_fit_are_named_with_the_path_in_linen() -> None:
         compare(m.Mlp(), model, jnp.ones((2, 5)), variables=variables, kwargs={"train": False})
 
 
+def test_arguments_that_the_model_does_not_take_are_said_by_its_row() -> None:
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+            return nn.Dense(3, name="inner")(x) + y
+
+    class One(nnx.Module):
+        def __init__(self) -> None:
+            self.inner = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.inner(x)
+
+    report = compare(Two(), One(), jnp.ones((2, 4)), jnp.ones(3), seeds=1, steps=1)
+    (row,) = report.failures
+    assert "takes 2 positional arguments but 3 were given" in row.error
+
+
+def test_state_that_only_the_model_has_is_its_own_affair() -> None:
+    class Counting(nnx.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3, rngs=nnx.Rngs(0))
+            self.calls = Calls(jnp.zeros((), jnp.int32))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.calls[...] += 1
+            return super().__call__(x)
+
+    class Calls(nnx.Variable[Any]):
+        pass
+
+    assert_equivalent(nn.Dense(3), Counting(), jax.ShapeDtypeStruct((2, 4), "float32"), seeds=1)
+
+
 def test_random_integers_need_a_range() -> None:
     with pytest.raises(ValueError, match=r"int32 and shape \[2\] has no range; .*high="):
         Random((2,), "int32")
