@@ -91,20 +91,13 @@ def find(
     for row in bad:
         if row.what == VALUE:
             return Parting(row.path, "variable", "", route, row.error or row.verdict.value)
-        if row.verdict is Verdict.RAISED:
-            return Parting(
-                row.path,
-                "module",
-                calls[row.path].module if row.path in calls else "",
-                route,
-                row.error,
-            )
+        if row.verdict is Verdict.RAISED and row.what == "call":
+            module = calls[row.path].module if row.path in calls else ""
+            return Parting(row.path, "module", module, route, row.error)
     wanted = set(paired)
     names = [name for name in calls if name in wanted]
     by_call = _by_call(rows)
-    ended = 0
-    for name in names:
-        ended += 1
+    for ended, name in enumerate(names, 1):
         if _agree(by_call, "layer input", name) and _agree(by_call, "layer output", name) is False:
             # A fault that is small beside the noise crosses the line some layers later: of those
             # up to here, the place is where the difference grows most.
@@ -135,7 +128,8 @@ def find(
             return Parting(_path(name), "module", calls[name].module, route, reason)
     hidden = ("layer input", "layer output", "layer input gradient", "layer output gradient")
     row = next((row for row in bad if row.what not in hidden), bad[0])
-    return Parting(row.path, _kind(row), "", route, f"{row.what} {row.verdict.value}")
+    reason = f"{row.what} {row.verdict.value}" + (f": {row.error}" if row.error else "")
+    return Parting(row.path, _kind(row), "", route, reason)
 
 
 def _kind(row: Row) -> str:

@@ -104,7 +104,8 @@ class Recorder:
             arrays[key] = leaf
             return leaf
 
-        return jax.tree_util.tree_map_with_path(note, tree)
+        # Modules and streams among the arguments are written by the call: they stay themselves.
+        return jax.tree_util.tree_map_with_path(note, tree, is_leaf=_is_object)
 
     @contextlib.contextmanager
     def watching(self, model: nnx.Module | None = None) -> Iterator[None]:
@@ -162,6 +163,10 @@ def _nnx_call(module: nnx.Module, name: str, call: Any, args: Any, kwargs: Any) 
     if recorder is None:
         return call(*args, **kwargs)
     return recorder.native(module, name, call, args, kwargs)
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 class _Draws:

@@ -220,6 +220,26 @@ def test_state_that_only_the_model_has_is_its_own_affair() -> None:
     assert_equivalent(nn.Dense(3), Counting(), jax.ShapeDtypeStruct((2, 4), "float32"), seeds=1)
 
 
+def test_a_stream_that_is_passed_from_module_to_module_stays_itself() -> None:
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            first = nn.Dropout(0.5, deterministic=False)(nn.Dense(8)(x))
+            return first + nn.Dropout(0.5, deterministic=False)(first)
+
+    class Native(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.Dense_0 = nnx.Linear(4, 8, rngs=rngs)
+            self.drop, self.rngs = nnx.Dropout(0.5), rngs
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            first = self.drop(self.Dense_0(x), rngs=self.rngs)
+            return first + self.drop(first, rngs=self.rngs)
+
+    x = jax.ShapeDtypeStruct((4, 4), "float32")
+    assert_equivalent(Linen(), Native(nnx.Rngs(0)), x, seeds=1, steps=2)
+
+
 def test_random_integers_need_a_range() -> None:
     with pytest.raises(ValueError, match=r"int32 and shape \[2\] has no range; .*high="):
         Random((2,), "int32")
