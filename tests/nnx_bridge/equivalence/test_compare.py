@@ -240,6 +240,25 @@ def test_a_stream_that_is_passed_from_module_to_module_stays_itself() -> None:
     assert_equivalent(Linen(), Native(nnx.Rngs(0)), x, seeds=1, steps=2)
 
 
+def test_caches_are_compared_from_step_to_step() -> None:
+    reference = nn.MultiHeadDotProductAttention(2, decode=True, deterministic=True)
+    variables = reference.init(jax.random.key(0), jnp.ones((2, 4, 6)))
+    model = nnx.MultiHeadAttention(2, 6, decode=True, rngs=nnx.Rngs(0))
+    model.init_cache((2, 4, 6))
+    token = jax.ShapeDtypeStruct((2, 1, 6), "float32")
+    report = assert_equivalent(
+        reference,
+        model,
+        token,
+        variables=variables,
+        check_values=False,
+        seeds=1,
+        kwargs={"deterministic": True},
+    )
+    paths = {row.path for row in report.rows if row.what == "state, step 3"}
+    assert paths == {f"cache/{name}" for name in ("cache_index", "cached_key", "cached_value")}
+
+
 def test_random_integers_need_a_range() -> None:
     with pytest.raises(ValueError, match=r"int32 and shape \[2\] has no range; .*high="):
         Random((2,), "int32")
