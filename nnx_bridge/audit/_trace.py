@@ -17,7 +17,7 @@ from nnx_bridge._collections import flatten
 from nnx_bridge.audit._findings import Audit, Finding, Kind, ModuleClass, of_linen
 from nnx_bridge.audit._source import EVERYWHERE, Source, audit_sources, variable_use
 from nnx_bridge.compat import difference
-from nnx_bridge.equivalence import Case
+from nnx_bridge.equivalence import Case, CaseError
 from nnx_bridge.equivalence._inputs import drawn
 from nnx_bridge.host._host import check_linen_module
 
@@ -70,7 +70,10 @@ class _Program:
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        self._module = check_linen_module(case.module)
+        try:
+            self._module = check_linen_module(case.module)
+        except TypeError as error:
+            raise CaseError(f"{case.name}: {error}; there is nothing to move") from error
         arguments = drawn((case.args, dict(case.kwargs)), seed=0)
         self._leaves, self._treedef = jax.tree.flatten(arguments)
         self._inputs = {i: x for i, x in enumerate(self._leaves) if _is_array(x)}
