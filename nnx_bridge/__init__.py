@@ -4,7 +4,19 @@ import nnx_bridge.functional  # noqa: F401  (makes NNX modules known to lifted)
 from nnx_bridge import audit, compat
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
-from nnx_bridge.equivalence import Case, CaseError, Report, Row, Verdict, check, load_case
+from nnx_bridge.equivalence import (
+    Case,
+    CaseError,
+    Parting,
+    Random,
+    Report,
+    Row,
+    Verdict,
+    assert_equivalent,
+    check,
+    compare,
+    load_case,
+)
 from nnx_bridge.host import Host, Node, check_variables, unhost
 from nnx_bridge.weights import Plan, Rule, WeightsError, load, match, register_layout
 
@@ -15,12 +27,15 @@ __all__ = [
     "CaseError",
     "Host",
     "Node",
+    "Parting",
     "Plan",
+    "Random",
     "Report",
     "Row",
     "Rule",
     "Verdict",
     "WeightsError",
+    "assert_equivalent",
     "audit",
     "capture",
     "capture_grad",
@@ -28,6 +43,7 @@ __all__ = [
     "check",
     "check_variables",
     "collection_name",
+    "compare",
     "compat",
     "load",
     "load_case",

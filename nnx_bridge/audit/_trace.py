@@ -17,7 +17,9 @@ from nnx_bridge._collections import flatten
 from nnx_bridge.audit._findings import Audit, Finding, Kind, ModuleClass, of_linen
 from nnx_bridge.audit._source import EVERYWHERE, Source, audit_sources, variable_use
 from nnx_bridge.compat import difference
-from nnx_bridge.equivalence import Case
+from nnx_bridge.equivalence import Case, CaseError
+from nnx_bridge.equivalence._inputs import drawn
+from nnx_bridge.host import check_linen_module
 
 Modules: TypeAlias = dict[tuple[str, ...], nn.Module]
 
@@ -44,7 +46,7 @@ def audit_case(case: Case) -> Audit:
     written, classes = audit_sources(sources, only=names)
     streams |= {finding.name for finding in written if finding.kind == "rng stream"}
     streams |= {m.rng_collection for m in modules.values() if isinstance(m, nn.Dropout)}
-    drawn = program.drawn(variables, streams)
+    draws = program.drawn(variables, streams)
     findings = [
         *_layers(modules),
         *_variables(modules, variables),
@@ -52,7 +54,7 @@ def audit_case(case: Case) -> Audit:
             Finding(
                 "rng stream", name, "", "", "native", f"rngs.{name}()", "the call draws from it"
             )
-            for name in drawn
+            for name in draws
         ),
         # How layers, sows, collections and streams are reached was seen; the rest is in the source.
         *(f for f in written if f.kind in ("transform", "api", "parameter")),
@@ -68,7 +70,12 @@ class _Program:
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        self._leaves, self._treedef = jax.tree.flatten((case.args, dict(case.kwargs)))
+        try:
+            self._module = check_linen_module(case.module)
+        except TypeError as error:
+            raise CaseError(f"{case.name}: {error}; there is nothing to move") from error
+        arguments = drawn((case.args, dict(case.kwargs)), seed=0)
+        self._leaves, self._treedef = jax.tree.flatten(arguments)
         self._inputs = {i: x for i, x in enumerate(self._leaves) if _is_array(x)}
 
     def run(self, streams: Iterable[str]) -> tuple[Modules, Mapping[str, Any]]:
@@ -83,7 +90,7 @@ class _Program:
             args, kwargs = self._arguments(inputs)
             case, variables = self._case, self._case.variables
             if variables is None:
-                variables = case.module.init(rngs, *args, method=case.method, **kwargs)
+                variables = self._module.init(rngs, *args, method=case.method, **kwargs)
             return {**variables, **self._apply(variables, rngs, inputs)}
 
         with nn.intercept_methods(record):
@@ -103,7 +110,7 @@ class _Program:
 
     def _apply(self, variables: Any, rngs: dict[str, jax.Array], inputs: dict[int, Any]) -> Any:
         args, kwargs = self._arguments(inputs)
-        call: Any = self._case.module.apply
+        call: Any = self._module.apply
         method = self._case.method
         _, updated = call(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)
         return updated

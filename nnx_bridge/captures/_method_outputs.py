@@ -1,11 +1,12 @@
-"""Sowing the outputs of methods of NNX modules.
+"""Coming between a caller and the methods of NNX modules, such as to sow what they return.
 
-A module is given, for the time of a call, a subclass of its class in which the chosen methods sow
-what they return; inherited methods are methods like others. Only the object is touched, never its
+A module is given, for the time of a call, a subclass of its class in which the chosen methods go
+through a function; inherited methods are methods like others. Only the object is touched, never its
 class, so that other objects of the class, and other threads, see nothing of it.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,9 @@ from typing import Any
 from flax import nnx
 
 Outputs = Callable[[Any, str], bool]
+
+# From the module, the method's name, the method, and the arguments, to what the method returns.
+Around = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
 
 
 def is_call(module: Any, name: str) -> bool:
@@ -26,17 +30,22 @@ def is_method(module: Any, name: str) -> bool:
     return name == "__call__" or not name.startswith("_")
 
 
-@contextlib.contextmanager
 def sowing_outputs(
     modules: Sequence[nnx.Module], kind: type[nnx.Variable[Any]], outputs: Outputs
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Lets methods of ``modules`` sow their outputs as ``kind``, under the name of the method."""
+    return intercepting(modules, outputs, _Sowing(kind))
+
+
+@contextlib.contextmanager
+def intercepting(modules: Sequence[nnx.Module], chosen: Outputs, around: Around) -> Iterator[None]:
+    """Lets the chosen methods of ``modules`` go through ``around``, which is hashable."""
     classes = [type(module) for module in modules]
     try:
         for module, cls in zip(modules, classes, strict=True):
-            chosen = frozenset(name for name in _methods(cls) if outputs(module, name))
-            if chosen:
-                object.__setattr__(module, "__class__", _sowing_class(cls, kind, chosen))
+            names = frozenset(name for name in _methods(cls) if chosen(module, name))
+            if names:
+                object.__setattr__(module, "__class__", _intercepted_class(cls, around, names))
         yield
     finally:
         for module, cls in zip(modules, classes, strict=True):
@@ -52,16 +61,26 @@ def _methods(cls: type) -> list[str]:
 
 
 @functools.cache
-def _sowing_class(cls: type, kind: type[nnx.Variable[Any]], names: frozenset[str]) -> type:
-    methods = {name: _sowing(getattr(cls, name), kind, name) for name in names}
+def _intercepted_class(cls: type, around: Around, names: frozenset[str]) -> type:
+    methods = {name: _intercepted(getattr(cls, name), around, name) for name in names}
     return type(cls)(cls.__name__, (cls,), {**methods, "__qualname__": cls.__qualname__})
 
 
-def _sowing(method: Callable[..., Any], kind: type[nnx.Variable[Any]], name: str) -> Any:
+def _intercepted(method: Callable[..., Any], around: Around, name: str) -> Any:
     @functools.wraps(method)
-    def sowing(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        y = method(self, *args, **kwargs)
-        self.sow(kind, name, y)
-        return y
+    def intercepted(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(self, name, functools.partial(method, self), args, kwargs)
 
-    return sowing
+    return intercepted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sowing:
+    kind: type[nnx.Variable[Any]]
+
+    def __call__(
+        self, module: Any, name: str, method: Callable[..., Any], args: Any, kw: Any
+    ) -> Any:
+        y = method(*args, **kw)
+        module.sow(self.kind, name, y)
+        return y

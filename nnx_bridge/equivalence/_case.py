@@ -1,4 +1,4 @@
-"""What `flaxlift check` is asked to check: a Linen module and one call of it."""
+"""What is compared: a module, one call of it, and, where there is one, its rewrite."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from flax.core.scope import CollectionFilter
 
 from nnx_bridge._collections import Variables
-from nnx_bridge.host._host import Method, check_linen_module
+from nnx_bridge.equivalence._correspondence import Correspondence, Renaming
+from nnx_bridge.equivalence._inputs import is_random
+from nnx_bridge.host import Host, Method, check_linen_module, unhost
 
-_ACCEPTED = "a Case, or a tuple (module, args) or (module, args, kwargs)"
+_ACCEPTED = (
+    "a Case, or a tuple (module, args), (module, args, kwargs), (reference, model, args) or "
+    "(reference, model, args, kwargs)"
+)
 
 
 class CaseError(ValueError):
@@ -25,17 +31,27 @@ class CaseError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A Linen module and one call of it.
+    """A module and one call of it; and a model that should compute the same.
 
     Arrays among the arguments are inputs; those of floating point or complex dtype are
-    differentiated. Everything else (`deterministic=False`, `None`) is passed as it is.
+    differentiated. `Random` and `jax.ShapeDtypeStruct` among them are drawn for each seed.
+    Everything else (`deterministic=False`, `None`) is passed as it is.
 
     Args:
-      module: The Linen module, not bound.
+      module: The Linen module, not bound; with a `model` it may be an NNX module too.
       args: Positional arguments of the call.
       kwargs: Keyword arguments of the call.
+      model: The model to compare it with, of NNX (a rewrite, a host) or of Linen. Without one, the
+        module is compared with itself under `lifted`, and hosted as NNX.
+      correspondence: Which path of the module stands for which of the model, where they have other
+        names: a dict of prefixes (`{"Dense_0": "first"}`), a function from path to path, or a
+        `Correspondence`.
       variables: The module's variables. By default `module.init` makes them from the seed, with the
         arguments of the call.
+      check_values: Whether the model must hold the values of `variables` itself. By default it must
+        where they are given. It is run with them in any case.
+      randomize: Whether parameters and statistics get noise, the same in both models. Biases that
+        are zero hide faults.
       rngs: Names of the streams that get keys from the seed, or the keys themselves.
       mutable: The collections that the call may change; by default every one that the module has
         but `params`, `perturbations` and `intermediates`.
@@ -43,7 +59,7 @@ class Case:
       name: What reports call it; by default the class of the module.
 
     Raises:
-      CaseError: `module` is no Linen module, or `args` is no tuple.
+      CaseError: `module` or `model` is no module, or `args` is no tuple.
 
     Example:
         >>> case = Case(nn.Dense(3), (np.ones((2, 4), np.float32),))
@@ -51,11 +67,15 @@ class Case:
         'Dense'
     """
 
-    module: nn.Module
+    module: nn.Module | nnx.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
+    model: nn.Module | nnx.Module | None = None
+    correspondence: Renaming | Correspondence = None
     variables: Variables | None = None
+    check_values: bool | None = None
+    randomize: bool = True
     rngs: Mapping[str, jax.Array] | Sequence[str] = ("params", "dropout")
     mutable: CollectionFilter | None = None
     method: Method = None
@@ -63,7 +83,10 @@ class Case:
 
     def __post_init__(self) -> None:
         try:
-            check_linen_module(self.module)
+            if self.model is None or not isinstance(self.module, nnx.Module):
+                check_linen_module(self.module)
+            if self.model is not None and not isinstance(self.model, nnx.Module):
+                check_linen_module(self.model)
         except TypeError as error:
             raise CaseError(f"the module of a case: {error}") from error
         if not isinstance(self.args, tuple | list):
@@ -72,7 +95,7 @@ class Case:
                 "argument x is written (x,)"
             )
         object.__setattr__(self, "args", tuple(self.args))
-        object.__setattr__(self, "name", self.name or type(self.module).__name__)
+        object.__setattr__(self, "name", self.name or _name(self.module))
 
     def keys(self, seed: int) -> dict[str, jax.Array]:
         """The keys of the streams: those given, or new ones from the seed."""
@@ -82,13 +105,17 @@ class Case:
         return dict(zip(self.rngs, keys, strict=True))
 
 
+def _name(module: Any) -> str:
+    return type(unhost(module)[0] if isinstance(module, Host) else module).__name__
+
+
 def load_case(target: str) -> Case:
     """The case that a factory makes.
 
     Args:
       target: `package.module:factory`, a function without arguments. It returns a `Case`, or a
-        tuple `(module, args)` or `(module, args, kwargs)`, where a single array stands for `args`
-        of one.
+        tuple `(module, args)` or `(reference, model, args)`, with `kwargs` at the end where there
+        are some. A single array stands for `args` of one.
 
     Raises:
       CaseError: The path cannot be imported, or the factory returns something else.
@@ -108,15 +135,19 @@ def load_case(target: str) -> Case:
         raise CaseError(f"{target}() raised {type(error).__name__}: {error}") from error
     if isinstance(made, Case):
         return made
-    if isinstance(made, nn.Module):
+    if isinstance(made, nn.Module | nnx.Module):
         raise CaseError(f"{target}() returned a module without inputs; expected {_ACCEPTED}")
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
+    parts = list(made) if isinstance(made, tuple) else []
+    models = [parts.pop(0)] if parts else []
+    if parts and isinstance(parts[0], nn.Module | nnx.Module):
+        models.append(parts.pop(0))
+    if len(parts) not in (1, 2):
         found = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise CaseError(f"{target}() returned {found}; expected {_ACCEPTED}")
-    module, args, *rest = made
-    if isinstance(args, jax.Array | np.ndarray):
+    args, *rest = parts
+    if isinstance(args, jax.Array | np.ndarray) or is_random(args):
         args = (args,)
-    return Case(module, args, *rest)
+    return Case(models[0], args, *rest, model=models[1] if len(models) > 1 else None)
 
 
 def _import(target: str) -> Any:

@@ -1,4 +1,4 @@
-"""The problem that a check poses to every program: one call, its data, and random directions.
+"""The problem that is posed to every program: calls of a model, their data, and random directions.
 
 All arrays of a problem are arguments of the compiled programs, never constants in them: XLA would
 fold constants, and in each program differently.
@@ -16,10 +16,19 @@ import numpy as np
 from flax import linen as nn
 from flax.core.scope import CollectionFilter, in_filter
 
+from nnx_bridge._collections import Variables
 from nnx_bridge.equivalence._case import Case, CaseError
-from nnx_bridge.host._host import default_mutable
+from nnx_bridge.equivalence._inputs import drawn, is_random
+from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Run, Side
+from nnx_bridge.host import default_mutable
 
 Arrays = dict[str, Any]  # Arrays by their paths.
+
+# Where a model keeps its own state from step to step, which the reference may know nothing of.
+OWN = "state of the model"
+
+# How far random parameters are from those that they are made of.
+_NOISE = 0.1
 
 
 class Data(NamedTuple):
@@ -45,66 +54,116 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A case with what it leaves open filled in."""
+    """A case with what it leaves open filled in.
+
+    Attributes:
+      case: The case.
+      side: The reference of the case.
+      mutable: The collections that are compared after a call.
+      seed: The first seed.
+      data: The data for it.
+    """
 
     case: Case
+    side: Side
     mutable: CollectionFilter
+    seed: int
     data: Data
 
     @classmethod
-    def make(cls, case: Case, seed: int) -> Problem:
+    def make(
+        cls,
+        case: Case,
+        seed: int,
+        training: bool | None = None,
+        variables: Variables | None = None,
+    ) -> Problem:
         """Draws what the case leaves to the seed.
+
+        Args:
+          case: The case.
+          seed: Where variables, inputs, keys and directions come from.
+          training: The mode to put the reference in; None for what the case says.
+          variables: Those of the case for the seed, where they are known.
 
         Raises:
           CaseError: The module does not run, or there is nothing to differentiate.
         """
-        keys, inputs = case.keys(seed), by_path(_arguments(case))
-        variables = case.variables or _initialised(case, keys)
-        mutable = default_mutable(variables) if case.mutable is None else case.mutable
-        problem = cls(case, mutable, Data(variables, inputs, keys, {}, {}, {}))
+        arguments = Arguments(**drawn(_arguments(case), seed))
+        side: Side
+        if isinstance(case.module, nn.Module):
+            bare = LinenSide(case.module, {}, False, case.method).in_mode(training, arguments)
+            variables = case.variables or variables
+            variables = variables or _initialised(case, bare, arguments, case.keys(seed))
+            mutable = default_mutable(variables) if case.mutable is None else case.mutable
+            side = dataclasses.replace(bare, variables=variables, mutable=mutable)
+        else:
+            side = NnxSide(case.module, case.method).in_mode(training, arguments)
+            mutable = default_mutable(side.variables) if case.mutable is None else case.mutable
+        problem = cls(case, side, mutable, seed, Data({}, {}, {}, {}, {}, {}))
+        return dataclasses.replace(problem, data=problem.drawn(seed))
+
+    def drawn(self, seed: int) -> Data:
+        """The data for a seed.
+
+        Raises:
+          CaseError: See `make`.
+        """
+        arguments, keys = drawn(_arguments(self.case), seed), self.case.keys(seed)
+        variables, case = self.side.variables, self.case
+        if isinstance(self.side, LinenSide) and case.variables is None and seed != self.seed:
+            variables = _initialised(case, self.side, Arguments(**arguments), keys)
+        if case.randomize:
+            variables = _randomized(variables, seed)
+        data = Data(variables, by_path(arguments), keys, {}, {}, {})
         try:
-            outputs, _ = jax.eval_shape(problem.apply, problem.data, variables, inputs)
+            outputs, _ = jax.eval_shape(self.apply, data, variables, data.inputs)
         except Exception as error:
             raise failure(f"{case.name} does not run", error) from error
-        return dataclasses.replace(problem, data=problem._with_directions(inexact(outputs), seed))
+        return self._with_directions(data, inexact(outputs), seed)
+
+    def after(self, data: Data, seed: int, step: int) -> Data:
+        """The data of a later step: new inputs where they are random, and new keys."""
+        inputs = by_path(drawn(_arguments(self.case), seed + 1000 * step))
+        keys = {name: jax.random.fold_in(key, step) for name, key in data.keys.items()}
+        return data._replace(inputs=inputs, keys=keys)
 
     def run(self, run: Callable[..., Any], data: Data, primals: Arrays) -> Arrays:
         """The output of a function of the arguments of the call, with these primals in them."""
         arrays = {**data.inputs, **primals}
         arguments = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: arrays.get(_text(path), leaf), _arguments(self.case)
+            lambda path, leaf: arrays.get(_text(path), leaf),
+            _arguments(self.case),
+            is_leaf=is_random,
         )
         return by_path(run(*arguments["args"], **arguments["kwargs"]))
 
-    def apply(
-        self, data: Data, variables: Mapping[str, Any], primals: Arrays
-    ) -> tuple[Arrays, Arrays]:
-        """The pure function: outputs and changed collections of `module.apply`."""
-        updates: Mapping[str, Any] = {}
+    def apply(self, data: Data, variables: Variables, primals: Arrays) -> tuple[Arrays, Arrays]:
+        """The pure function of the reference: outputs and changed collections."""
+        after: Any = {}
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal updates
-            options: dict[str, Any] = {"mutable": self.mutable, "method": self.case.method}
-            result = self.case.module.apply(variables, *args, rngs=data.keys, **options, **kwargs)
-            output, updates = (result, {}) if self.mutable is False else result
+            nonlocal after
+            output, after = self.side(variables, Arguments(args, kwargs), Run(data.keys))
             return output
 
-        return self.run(run, data, primals), by_path(updates)
+        return self.run(run, data, primals), self.changeable(after)
 
     def changeable(self, variables: Mapping[str, Any]) -> Arrays:
         """The arrays of the collections that the call may change."""
-        return by_path({name: x for name, x in variables.items() if in_filter(self.mutable, name)})
+        kept = [n for n in variables if n != OWN and in_filter(self.mutable, n)]
+        return by_path({name: variables[name] for name in kept})
 
     @property
     def has_parameters(self) -> bool:
         """Whether there is anything in the collection `params`."""
         return bool(jax.tree.leaves(self.data.parameters))
 
-    def _with_directions(self, outputs: Arrays, seed: int) -> Data:
-        name, data = self.case.name, self.data
+    def _with_directions(self, data: Data, outputs: Arrays, seed: int) -> Data:
+        name = self.case.name
         if not outputs:
             raise CaseError(f"{name} returns no floating point array: nothing to compare")
-        if not data.primals and not self.has_parameters:
+        if not data.primals and not jax.tree.leaves(data.parameters):
             raise CaseError(
                 f"{name} has neither parameters nor inputs of floating point dtype: there is "
                 "nothing to differentiate"
@@ -129,9 +188,43 @@ def by_path(tree: Any) -> Arrays:
     return {_text(path): leaf for path, leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)}
 
 
+def with_values(tree: Any, values: Arrays) -> Any:
+    """The pytree with other arrays in it, given as `by_path` gives them."""
+    paths = [_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))]
+    leaves, treedef = jax.tree.flatten(tree)
+    structure: Any = treedef
+    return structure.unflatten([values.get(p, x) for p, x in zip(paths, leaves, strict=True)])
+
+
 def inexact(arrays: Arrays) -> Arrays:
     """The arrays that can be differentiated."""
     return {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+
+def perturbed(data: Data, seed: int, precision: float = 0.0) -> Data:
+    """The data with each parameter and input moved by a rounding, or not at all.
+
+    What a program makes of it shows how far rounding carries there.
+
+    Args:
+      data: The data.
+      seed: Where the directions come from.
+      precision: The machine epsilon that the program works with, where it is coarser than that of
+        the data.
+    """
+    random = np.random.default_rng([seed, 2])
+
+    def move(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        size = max(float(jnp.finfo(x.dtype).eps), precision / 2)
+        # In NumPy: a small program of JAX for each shape would have to be compiled.
+        factor = 1 + size * random.integers(-1, 2, x.shape)
+        return jnp.asarray((np.asarray(x) * factor).astype(x.dtype))
+
+    return data._replace(
+        variables=jax.tree.map(move, data.variables), inputs=jax.tree.map(move, data.inputs)
+    )
 
 
 def failure(what: str, error: Exception) -> CaseError:
@@ -152,14 +245,39 @@ def _text(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "result"
 
 
-def _initialised(case: Case, keys: dict[str, jax.Array]) -> Mapping[str, Any]:
+def _initialised(
+    case: Case, side: LinenSide, arguments: Arguments, keys: dict[str, jax.Array]
+) -> Mapping[str, Any]:
     def init(keys: dict[str, jax.Array]) -> Any:
-        return case.module.init(keys, *case.args, method=case.method, **case.kwargs)
+        kwargs = {**side.extra, **arguments.kwargs}
+        return side.module.init(keys, *arguments.args, method=case.method, **kwargs)
 
     try:
         return jax.jit(init)(keys)
     except Exception as error:
         raise failure(f"{case.name} does not initialise", error) from error
+
+
+def _randomized(variables: Variables, seed: int) -> dict[str, Any]:
+    """Parameters and statistics with noise, so that zero biases and unit scales hide nothing."""
+    random = np.random.default_rng([seed, 3])
+
+    def noisy(x: Any) -> Any:
+        if not jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.inexact):
+            return x
+        values = np.asarray(x)
+        squares = np.abs(values.astype(np.complex128)) ** 2
+        size = float(np.sqrt(squares.sum() / max(values.size, 1)))
+        noise = random.standard_normal(x.shape) * _NOISE
+        if size and (values.real > 0).all():
+            # A variance, or a scale: it stays positive.
+            moved = values * np.exp(noise)
+        else:
+            moved = values + noise * (size or 1.0)
+        return jnp.asarray(moved.astype(x.dtype))
+
+    chosen = ("params", "batch_stats")
+    return {c: jax.tree.map(noisy, v) if c in chosen else v for c, v in variables.items()}
 
 
 def _direction(array: Any, random: np.random.Generator) -> Any:

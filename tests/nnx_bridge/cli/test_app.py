@@ -15,7 +15,7 @@ from nnx_bridge.cli._app import app
 MODULE = """
 import itertools
 import numpy as np
-from flax import linen as nn
+from flax import linen as nn, nnx
 
 class Impure(nn.Module):
     @nn.compact
@@ -25,6 +25,12 @@ class Impure(nn.Module):
 COUNT = itertools.count(1)
 X = np.ones((2, 3), np.float32)
 def dense(): return nn.Dense(3), X
+class Doubled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+def rewrite(): return nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0)), X
+def wrong(): return nn.Dense(3), Doubled(3, 3, rngs=nnx.Rngs(0)), X
 def impure(): return Impure(), X
 """
 
@@ -76,6 +82,18 @@ def test_json_on_stdout_is_alone_there(run: Run) -> None:
     assert report["name"] == "Dense"
 
 
+def test_a_rewrite_is_compared_with_its_original_and_shown_on_a_page(
+    run: Run, tmp_path: Path
+) -> None:
+    right = run("check", "model_of_a_user:rewrite", "--steps", "1")
+    assert right.exit_code == 0, right.output
+    wrong = run("check", "model_of_a_user:wrong", "--steps", "1", "--html", "report.html")
+    assert wrong.exit_code == 1
+    assert "first: module the model itself (Dense)" in " ".join(wrong.stdout.split())
+    assert "<svg" not in (page := (tmp_path / "report.html").read_text())
+    assert "image/svg+xml;base64" in page
+
+
 def test_a_folder_that_does_not_exist_is_found_before_the_work(run: Run) -> None:
     result = run("check", "no_such_module:f", "--json", "nowhere/report.json")
     assert result.exit_code == 2
@@ -117,5 +135,5 @@ def test_the_version_is_told() -> None:
 
 def test_help_shows_a_factory_and_the_exit_status() -> None:
     text = CliRunner().invoke(app, ["check", "--help"]).output
-    assert "flaxlift check my_model:small" in text
+    assert "flaxlift check my_model:encoder --html report.html" in " ".join(text.split())
     assert "Exit status" in text

@@ -15,7 +15,6 @@ from flax import nnx
 import lifted
 from examples.small_model import mlp
 from nnx_bridge import Case, CaseError, Verdict, check
-from nnx_bridge.equivalence._check import STEPS
 from nnx_bridge.host import _frame
 
 X = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(4, 3)
@@ -107,7 +106,8 @@ def test_another_seed_makes_another_problem_with_the_same_verdict() -> None:
 def test_progress_is_told_for_every_step() -> None:
     steps: list[str] = []
     check(Case(nn.Dense(3), (X,)), progress=steps.append)
-    assert len(steps) == STEPS
+    assert steps[0] == "initialise"
+    assert "jvp: lifted on NNX" in steps
 
 
 def test_a_module_that_is_another_program_each_time_is_found_out() -> None:
