@@ -67,14 +67,16 @@ class NNXGroup:
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
         self._targets = tuple(targets)
-        self._graphdef, self._paths, self._leaves, self._indices = _flax_private.flatten(
+        self._graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
             self._targets
         )
-        # The originals, and what stands for them: Variables that hold their values themselves.
-        self._originals, self._leaves = self._leaves, list(map(plain, self._leaves))
         # Asked here, since inside a JAX transform even this question would be an operation.
         self._elsewhere = [i for i, leaf in enumerate(self._originals) if not is_plain(leaf)]
         self._referring = [i for i in self._elsewhere if holds_reference(self._originals[i])]
+        # What stands for the originals: Variables that hold their values themselves.
+        self._leaves = list(self._originals)
+        for i in self._elsewhere:
+            self._leaves[i] = plain(self._originals[i])
         visible = _visible(variables, frozen, rngs)
         self._hidden = [
             path
