@@ -12,7 +12,7 @@ endif
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 
-.PHONY: help test test-thorough test-accelerator test-versions smoke lint format bench \
+.PHONY: help test test-thorough test-accelerator test-versions mutants smoke lint format bench \
 	bench-accelerator docs demo clean
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-thorough      the same with many more examples for the property tests"
 	@echo "make test-accelerator   property tests against raw JAX on whatever jax.devices() offers"
 	@echo "make test-versions      the suite on every supported Python that is installed"
+	@echo "make mutants            faults planted one at a time: do the tests notice each? (slow)"
 	@echo "make smoke              installed without extras: the packages import, one check passes"
 	@echo "make lint               ruff (lint and format) and mypy"
 	@echo "make format             let ruff rewrite what it can"
@@ -59,6 +60,10 @@ test-versions:
 		if command -v $$python >/dev/null; then $(MAKE) test PYTHON=$$python || exit 1; \
 		else echo "no $$python on this machine"; fi; \
 	done
+
+# Some of them: make mutants MUTANTS='captures host'
+mutants: $(VENV)/with-test
+	$(BIN)/python -m tests.mutation $(MUTANTS)
 
 smoke: $(VENV)/with-core
 	$(BIN)/python -c 'import lifted, nnx_bridge, layers'

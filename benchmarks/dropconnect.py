@@ -28,7 +28,7 @@ PLAIN = "nnx.Linear"
 # Times that are promised on CPU, by batch: (default forward, default both, fast forward).
 TIME_CLAIMS = {32: (4.0, 1.8, 1.3), 256: (1.7, 1.3, 1.15), 1024: (1.3, 1.1, 1.1)}
 # Beyond the plain layer, in kernels: one masked kernel, and where bits are stored, one a weight.
-MEMORY_CLAIMS = {"default": 1.0 + 1 / 32, "fast": 1.0}
+MEMORY_CLAIMS = {"default": 1.0 + 1 / 32, "fast": 1.0, "bernoulli": 1.0 + 1 / 32}
 PER_EXAMPLE_CLAIM = 1.25
 _SLACK = 1024 / (4 * SIDE * SIDE)  # a key and a few scalars, in kernels
 

@@ -168,8 +168,7 @@ def _draw_bernoulli(
     key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 0
 ) -> jax.Array:
     del first_row
-    # A float32 probability, so that enabling 64-bit types does not change the bits.
-    kept = jax.random.bernoulli(key, np.float32(1.0 - rate), shape)
+    kept = _as_bernoulli(key, shape, rate)
     *lead, rows, columns = _matrix_shape(shape)
     blocks = -(-rows // ROWS)
     kept = kept.reshape((*lead, rows, columns))
@@ -179,6 +178,23 @@ def _draw_bernoulli(
     return _or_bits(kept << lax.broadcasted_iota(jnp.uint8, kept.shape, axis), axis)
 
 
+def _as_bernoulli(key: jax.Array, shape: Shape, rate: float) -> jax.Array:
+    """What `jax.random.bernoulli` returns.
+
+    JAX's operation makes four arrays of the size of the weights.  Where its bits are known, those
+    of its default generator, they are made here, in operations that XLA fuses.
+    """
+    known = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    if not known or jax.random.key_impl(key) != "threefry2x32" or math.prod(shape) > WORD:
+        # A float32 probability, so that enabling 64-bit types does not change the bits.
+        return jax.random.bernoulli(key, np.float32(1.0 - rate), shape)
+    words = key_words(key)
+    high, low = threefry(words, counter(shape, words[0]))
+    # A float32 of [0, 1) is made of the upper 23 bits.
+    steps = round(_bernoulli_probability(rate) * _FLOAT_STEPS)
+    return ((high ^ low) >> jnp.uint32(9)) < jnp.uint32(steps)
+
+
 def _draw_hash(key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 0) -> jax.Array:
     del rate
     # One threefry block, so that keys which are related by a few bits give unrelated hashes; its
@@ -186,6 +202,8 @@ def _draw_hash(key: jax.Array, shape: Shape, rate: float, first_row: RowIndex = 
     last = jnp.uint32(WORD - 1)
     words = threefry(key_words(key), (last, last))
     first = jnp.asarray(first_row * _matrix_shape(shape)[-1], jnp.uint32)
+    # What is stacked has to be sharded alike, also where keys are mapped over a sharded axis.
+    first = first + (words[0] & jnp.uint32(0))
     return jnp.stack([*words, first])
 
 

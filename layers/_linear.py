@@ -220,17 +220,17 @@ class DropConnectLinear(DropConnectModule):
         if not (self.per_example or self.fused):
             kernel = drop_weight(kernel, key, self.rate, generator=self.generator)
             return self._product(inputs, kernel, self.dot_general, out_sharding)
-        if out_sharding is not None:
-            raise ValueError(
-                "out_sharding cannot be given with per_example=True or fused=True; constrain the "
-                "sharding of the result instead."
-            )
         if self.fused:
+            if out_sharding is not None:
+                raise ValueError(
+                    "out_sharding cannot be given with fused=True; constrain the sharding of the "
+                    "result instead."
+                )
             return self._product(
                 inputs, kernel, lambda x, w, *_, **__: fused_product(x, w, key, self.rate)
             )
         dot = per_example_dot(self.dot_general, key, self.rate, self.generator)
-        return self._product(inputs, kernel, dot)
+        return self._product(inputs, kernel, dot, out_sharding)
 
     def to_linear(self) -> nnx.Linear:
         """The plain layer, sharing `kernel` and `bias`: the inverse of the constructor.

@@ -7,13 +7,20 @@ uses it and forgets it, and the checkpoint around the step makes the backward pa
 A linear product also takes its kernel a block of rows at a time, with the loop over examples inside
 the loop over blocks.  The gradient of a block is then complete before the next one begins, and
 neither a masked kernel nor a second gradient of its size ever exists.
+
+A loop over an axis that is sharded would gather it.  So an axis is first cut into as many equal
+parts as there are devices; a step takes one place of every part, and thereby each device something
+of its own.  On one device that is one example, and one block, at a time.
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from layers._drop import drop_rows, wide_dtype
 from layers._generators import GENERATORS, ROWS, Generator
@@ -57,13 +64,50 @@ def map_examples(
     inputs, key = jnp.asarray(inputs), check_key(key)
     if inputs.ndim == 0:
         raise ValueError("inputs must have a leading axis of examples, got a scalar.")
+    return _map(fn, inputs, key, _devices(inputs))
+
+
+def _map(
+    fn: Callable[[jax.Array, jax.Array], jax.Array],
+    inputs: jax.Array,
+    key: jax.Array,
+    devices: int,
+) -> jax.Array:
+    """`map_examples` for examples that lie on up to so many devices."""
+    count = inputs.shape[0]
+    together = math.gcd(count, devices) or 1
+    indices = jnp.arange(count)
+    spec = jax.typeof(inputs).sharding.spec
+    if any(spec[:1]):  # Explicit sharding: what is mapped together has to be sharded alike.
+        indices = jax.sharding.reshard(indices, PartitionSpec(spec[0]))
 
     # Inside a scan nothing can be shared between the passes, so the barrier would only cost.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(index: jax.Array, example: jax.Array) -> jax.Array:
         return fn(example, jax.random.fold_in(key, index))
 
-    return jax.lax.map(lambda pair: step(*pair), (jnp.arange(inputs.shape[0]), inputs))
+    if together == 1:  # A batch axis of one example would cost a copy of what is closed over.
+        return jax.lax.map(lambda pair: step(*pair), (indices, inputs))
+    pairs = tuple(_cut(x, together) for x in (indices, inputs))
+    outputs = jax.lax.map(lambda pair: jax.vmap(step)(*pair), pairs)
+    return jnp.moveaxis(outputs, 1, 0).reshape((count, *outputs.shape[2:]))
+
+
+def _cut(x: jax.Array, together: int) -> jax.Array:
+    """The leading axis in equal parts; the first axis is the place in a part, the second the
+    part."""
+    return x.reshape((together, x.shape[0] // together, *x.shape[1:])).swapaxes(0, 1)
+
+
+def _devices(*arrays: jax.Array) -> int:
+    """On how many devices arrays may lie, as far as that is known while a program is made."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        return math.prod(size for size, kind in kinds if kind is not AxisType.Manual)
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return jax.device_count()
+    return max(len(x.sharding.device_set) for x in arrays)
 
 
 def per_example_dot(
@@ -83,13 +127,20 @@ def per_example_dot(
       it knows, and further options of `dot_general`.
     """
 
-    def dot(inputs: jax.Array, kernel: jax.Array, _: object, **options: object) -> jax.Array:
-        def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    def dot(inputs: jax.Array, kernel: jax.Array, _: object, **options: Any) -> jax.Array:
+        def product(inputs: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
             contract = (((inputs.ndim - 1,), (0,)), ((), ()))
             return dot_general(inputs, kernel, contract, **options)
 
         batch = inputs if inputs.ndim > 1 else inputs[None]
-        outputs = _by_blocks(product, batch, kernel, key, rate, generator)
+        # Its sharding is that of the plain product, and so is what is said where it has none.
+        plain = jax.eval_shape(functools.partial(product, **options), batch, kernel)
+        options.pop("out_sharding", None)
+        masked = functools.partial(product, **options)
+        run = functools.partial(_by_blocks, masked, rate=rate, generator=generator)
+        if plain.sharding is not None and AxisType.Explicit in plain.sharding.mesh.axis_types:
+            run = jax.sharding.auto_axes(run, out_sharding=plain.sharding)
+        outputs = run(batch, kernel, key)
         return outputs if inputs.ndim > 1 else outputs[0]
 
     return dot
@@ -103,30 +154,44 @@ def _by_blocks(
     rate: float,
     generator: Generator,
 ) -> jax.Array:
-    size = _block_rows(kernel, generator)
-    count = kernel.shape[0] // size if size else 1
-    blocks = kernel.reshape((count, size, kernel.shape[1]))
-    parts = jnp.moveaxis(inputs.reshape((*inputs.shape[:-1], count, size)), -2, 0)
+    devices = _devices(inputs, kernel)
+    rows, columns = kernel.shape
+    together, size = _block((rows, columns), generator, devices)
+    count = rows // (together * size) if size else 1
+    # Rows as (part, block, row): a step takes one block of every part.
+    blocks = kernel.reshape((together, count, size, columns))
+    terms = jnp.moveaxis(inputs.reshape((*inputs.shape[:-1], together, count, size)), -2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def term(index: jax.Array, part: jax.Array, block: jax.Array) -> jax.Array:
+    def term(index: jax.Array, inputs: jax.Array, blocks: jax.Array) -> jax.Array:
+        # Cut out here, not scanned over, which would take a copy with the axis in front.
+        block = jax.lax.dynamic_index_in_dim(blocks, index, 1, keepdims=False)
+        first_rows = (jnp.arange(together) * count + index) * size
+
         def masked(example: jax.Array, key: jax.Array) -> jax.Array:
-            return product(example, drop_rows(block, key, rate, generator, index * size))
+            drop = jax.vmap(lambda rows, first: drop_rows(rows, key, rate, generator, first))
+            flat = example.reshape((*example.shape[:-2], together * size))
+            return product(flat, drop(block, first_rows).reshape((together * size, columns)))
 
-        return map_examples(masked, part, key)
+        return _map(masked, inputs, key, devices)
 
-    scanned = (jnp.arange(count), parts, blocks)
-    like = jax.eval_shape(term, *(xs[0] for xs in scanned))
+    like = jax.eval_shape(term, jnp.int32(0), terms[0], blocks)
     # Half precision is summed over the blocks in float32.
     total = jnp.zeros_like(like, dtype=wide_dtype(like.dtype))
-    total, _ = jax.lax.scan(lambda total, xs: (total + term(*xs), None), total, scanned)
+    scanned = (jnp.arange(count), terms)
+    total, _ = jax.lax.scan(lambda total, xs: (total + term(*xs, blocks), None), total, scanned)
     return total.astype(like.dtype)
 
 
-def _block_rows(kernel: jax.Array, generator: Generator) -> int:
-    """Rows in a block: a divisor of all rows that a generator can begin at, or all rows."""
-    rows = kernel.shape[0]
-    if not GENERATORS[generator].by_rows or not _SMALL <= kernel.size <= WORD:
-        return rows
-    sizes = range(rows // _BLOCKS // ROWS * ROWS, 0, -ROWS)
-    return next((size for size in sizes if rows % size == 0), rows)
+def _block(shape: tuple[int, int], generator: Generator, devices: int) -> tuple[int, int]:
+    """Into how many parts the rows are cut, and how many of each are taken in a step: rows at which
+    a generator can begin, or all."""
+    rows, columns = shape
+    if not GENERATORS[generator].by_rows or not _SMALL <= rows * columns <= WORD:
+        return 1, rows
+    if rows % ROWS:
+        return 1, rows
+    together = math.gcd(rows // ROWS, devices)
+    part = rows // together
+    sizes = range(max(part // _BLOCKS // ROWS, 1) * ROWS, 0, -ROWS)
+    return together, next(size for size in sizes if part % size == 0)

@@ -38,9 +38,16 @@ def flatten_copy(copy: Any, indices: Indices) -> Any:
     return graphdef
 
 
-def update_graph(graphdef: Any, leaves: Sequence[Any], indices: Indices) -> None:
-    """Brings the nodes of ``indices`` into the state that `flatten_copy` found their copies in."""
+def update_graph(
+    graphdef: Any, leaves: Sequence[Any], indices: Indices, as_they_are: Sequence[Any]
+) -> None:
+    """Brings the nodes of ``indices`` into the state that `flatten_copy` found their copies in.
+
+    Nodes that are ``as_they_are`` stand among the ``leaves`` themselves, and are not updated.
+    """
     outer = graphlib.IndexMap.from_refmap(indices)
+    for node in as_they_are:
+        del outer[indices[node]]
     graphlib.unflatten(graphdef, list(leaves), outer_index_outer_ref=outer)
 
 

@@ -136,7 +136,9 @@ def _captures(
             for name, variable in started.get((i, tuple(path)), ()):
                 own.setdefault(type(variable), {})[name] = variable.get_value()
             variables = tuple(
-                kind((Perturbations if issubclass(kind, nnx.Perturbation) else Records)(values))
+                _recorded(
+                    kind, (Perturbations if issubclass(kind, nnx.Perturbation) else Records)(values)
+                )
                 for kind, values in own.items()
             )
             stack.enter_context(_flax_private.captures(module, variables))
@@ -153,13 +155,18 @@ def _captures(
                     if type(variable) in flat:
                         values = dict.items(variable.get_raw_value())
                         of_target = flat[type(variable)][i]
-                        of_target += [((*path, n), type(variable)(x)) for n, x in values]
+                        of_target += [((*path, n), _recorded(type(variable), x)) for n, x in values]
             return [
                 [nnx.from_flat_state(f) if f else nnx.State({}) for f in flat[kind]]
                 for kind in types
             ]
 
         yield read
+
+
+def _recorded(kind: type[nnx.Variable[Any]], value: Any) -> nnx.Variable[Any]:
+    """A Variable of what is recorded, whatever the kind that new Variables have by default."""
+    return kind(value, ref=False, hijax=False)
 
 
 def _check_seed(target: Any, path: tuple[Any, ...]) -> None:

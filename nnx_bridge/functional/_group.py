@@ -4,7 +4,8 @@ A call runs on copies of the targets, made in the trace in which it runs, so tha
 NNX allows is allowed: Variables are written, created, replaced and deleted, attributes are set,
 submodules and Variables are shared. What changed is found by comparison. As long as the graph is
 the same, only the Variables whose values changed are written back; otherwise every node of the
-graph is brought to the state of its copy.
+graph is brought to the state of its copy. Variables that keep their values elsewhere (`_storage`)
+have plain copies, and get back what these hold.
 
 The variables of a target are an `nnx.State`, as `nnx.state` gives it. A Variable that several
 targets hold belongs to the first.
@@ -29,6 +30,14 @@ from nnx_bridge._collections import collection_name
 from nnx_bridge.functional._filters import to_predicate
 from nnx_bridge.functional._hidden import without
 from nnx_bridge.functional._snapshot import Snapshot
+from nnx_bridge.functional._storage import (
+    check_fits,
+    check_writable,
+    holds_reference,
+    is_plain,
+    plain,
+    write,
+)
 from nnx_bridge.functional._tangents import as_state, visible_for
 
 
@@ -58,9 +67,16 @@ class NNXGroup:
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
         self._targets = tuple(targets)
-        self._graphdef, self._paths, self._leaves, self._indices = _flax_private.flatten(
+        self._graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
             self._targets
         )
+        # Asked here, since inside a JAX transform even this question would be an operation.
+        self._elsewhere = [i for i, leaf in enumerate(self._originals) if not is_plain(leaf)]
+        self._referring = [i for i in self._elsewhere if holds_reference(self._originals[i])]
+        # What stands for the originals: Variables that hold their values themselves.
+        self._leaves = list(self._originals)
+        for i in self._elsewhere:
+            self._leaves[i] = plain(self._originals[i])
         visible = _visible(variables, frozen, rngs)
         self._hidden = [
             path
@@ -92,26 +108,40 @@ class NNXGroup:
 
             def written() -> NNXUpdates:
                 hiding.close()
+                for i in self._referring:
+                    check_fits(self._paths[i][1:], self._leaves[i], fresh[i])
                 if snapshot.holds():
                     return NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
-                return self._regraph(leaves, copies, indices)
+                return self._regraph(leaves, fresh, copies, indices)
 
             yield targets, written
 
     def publish(self, updates: NNXUpdates) -> None:
         if updates.graph.value is None:
-            originals = dict(zip(self._paths, self._leaves, strict=True))
-            changed = [(originals[p], v) for p, v in self._flat(updates.changed).items()]
-            for original, _ in changed:
-                # Fails where the Variable belongs to another trace, before anything is written.
-                original.set_raw_value(original.get_raw_value())
-            for original, variable in changed:
-                original.update_from_state(variable)
+            originals = dict(zip(self._paths, self._originals, strict=True))
+            changed = [(p, originals[p], v) for p, v in self._flat(updates.changed).items()]
+            for path, original, _ in changed:
+                check_writable(path[1:], original)  # All of them, before anything is written.
+            for _, original, variable in changed:
+                write(original, variable)
             return
-        graphdef, treedef, sources = updates.graph.value
+        graphdef, treedef, sources, elsewhere, created = updates.graph.value
         old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
         values = [next(new) if source is None else old[source] for source in sources]
-        _flax_private.update_graph(graphdef, treedef.unflatten(values), self._indices)
+        leaves = treedef.unflatten(values)
+        contents = []
+        for place, i in elsewhere:
+            original, variable = self._originals[i], leaves[place]
+            leaves[place] = original
+            if not _unchanged(self._leaves[i], variable):
+                check_writable(self._paths[i][1:], original)
+                contents.append((original, variable))
+        for place in created:
+            leaves[place] = leaves[place].copy(ref=True)
+        as_they_are = [self._originals[i] for i in self._elsewhere]
+        _flax_private.update_graph(graphdef, leaves, self._indices, as_they_are)
+        for original, variable in contents:
+            write(original, variable)
 
     def outside(self) -> dict[Path, Any]:
         return {}  # NNX itself raises where a Variable is written in another trace.
@@ -151,14 +181,22 @@ class NNXGroup:
         types = {type(x) for x in self._flat(variables).values() if isinstance(x, nnx.Variable)}
         return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
-    def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
+    def _regraph(
+        self, before: list[Any], fresh: list[Any], copies: Any, indices: Any
+    ) -> NNXUpdates:
         """The updates where the graph has changed."""
-        _, paths, after, _ = _flax_private.flatten(copies)
+        _, paths, held, _ = _flax_private.flatten(copies)
+        after = list(map(plain, held))
         places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
         parts, treedef = jax.tree.flatten(after)
         sources = [places.get(id(part)) for part in parts]
         new = [part for part, source in zip(parts, sources, strict=True) if source is None]
-        graph = (_flax_private.flatten_copy(copies, indices), treedef, sources)
+        # Variables that are no plain ones, among those that were there and among those made here.
+        there = {id(fresh[i]): i for i in self._elsewhere}
+        elsewhere = [(k, there[id(x)]) for k, x in enumerate(held) if id(x) in there]
+        created = [k for k, x in enumerate(held) if holds_reference(x)]
+        definition = _flax_private.flatten_copy(copies, indices)
+        graph = (definition, treedef, sources, elsewhere, created)
         return NNXUpdates(self._changed(before, paths, after), new, Static(graph))
 
     def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ class Snapshot:
         self._modules = [
             (node, dict(vars(node)), _containers(node))
             for node in nodes
-            if not isinstance(node, nnx.Variable)
+            if not isinstance(node, nnx.Variable) and hasattr(node, "__dict__")
         ]
 
     def holds(self) -> bool:

@@ -11,6 +11,7 @@ from lifted._group import Filter
 from lifted._inputs import is_differentiable
 from lifted._nested import flat
 from nnx_bridge._collections import collection_name, linen_path
+from nnx_bridge.functional._storage import plain
 
 
 def visible_for(tangents: Any) -> Filter:
@@ -32,7 +33,8 @@ def visible_for(tangents: Any) -> Filter:
 def as_state(tangents: Any, variables: Any) -> Any:
     """Tangents in the form of ``variables``, from any form in which they may be given."""
     if isinstance(tangents, nnx.Pytree):
-        return _of_module(tangents, variables)
+        tangents = _of_module(tangents, variables)
+    tangents = jax.tree.map(plain, tangents, is_leaf=lambda x: isinstance(x, nnx.Variable))
     if not isinstance(variables, nnx.State) or not isinstance(tangents, Mapping):
         return tangents
     if isinstance(tangents, nnx.State) or not _is_linen(tangents, variables):

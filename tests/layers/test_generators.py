@@ -49,6 +49,14 @@ def test_bernoulli_has_exactly_jaxs_bits(key, shape, rate):
     np.testing.assert_array_equal(ours, jax.random.bernoulli(key, 1.0 - rate, shape))
 
 
+@pytest.mark.parametrize("impl, partitionable", [("rbg", True), ("threefry2x32", False)])
+def test_bernoulli_has_jaxs_bits_of_other_keys_and_in_its_older_form(impl, partitionable):
+    key = jax.random.key(3, impl=impl)
+    with jax.threefry_partitionable(partitionable):
+        ours = layers.keep_mask(key, (17, 9), 0.3, generator="bernoulli")
+        np.testing.assert_array_equal(ours, jax.random.bernoulli(key, 0.7, (17, 9)))
+
+
 def test_the_masks_of_a_key_do_not_change_between_releases():
     # A checkpoint that holds a key holds the masks that follow from it: these are a promise.
     drawn = {

@@ -130,6 +130,13 @@ def test_a_layer_refuses_what_the_kernel_cannot_do(options):
         DropConnectLinear(linear, fused=True, **options)
 
 
+def test_a_layer_refuses_an_out_sharding(key):
+    linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    layer = DropConnectLinear(linear, fused=True, generator="fast")
+    with pytest.raises(ValueError, match="out_sharding cannot be given with fused=True"):
+        layer(jnp.ones((2, 4)), rngs=key, out_sharding="x")
+
+
 def test_a_layer_refuses_a_product_of_its_own():
     linear = nnx.Linear(4, 4, precision="highest", rngs=nnx.Rngs(0))
     with pytest.raises(

@@ -8,7 +8,7 @@ from flax import nnx
 
 import layers
 from layers._drop import drop_rows
-from layers._per_example import _block_rows
+from layers._per_example import _block
 
 # 128 * 136 weights are enough to be taken in blocks, of which there are sixteen.
 ROWS, COLUMNS = 128, 136
@@ -106,12 +106,22 @@ def test_forward_mode_and_second_order(key):
     "rows, block", [(128, 8), (784, 16), (1024, 64), (100, 100), (136, 8), (1021, 1021)]
 )
 def test_kernels_are_cut_into_equal_blocks_or_not_at_all(rows, block):
-    assert _block_rows(jnp.ones((rows, 512)), "fast") == block
-    assert _block_rows(jnp.ones((rows, 512)), "bernoulli") == rows
+    assert _block((rows, 512), "fast", 1) == (1, block)
+    assert _block((rows, 512), "bernoulli", 1) == (1, rows)
 
 
 def test_small_kernels_are_not_cut():
-    assert _block_rows(jnp.ones((128, 4)), "fast") == 128
+    assert _block((128, 4), "fast", 1) == (1, 128)
+
+
+@pytest.mark.parametrize("rows", [128, 784, 1024, 96, 20, 1021])
+@pytest.mark.parametrize("devices", [2, 3, 5, 8])
+def test_a_step_takes_of_every_device_rows_at_which_a_generator_can_begin(rows, devices):
+    parts, size = _block((rows, 2**14), "fast", devices)
+    assert rows % (parts * size) == 0
+    if rows % (8 * devices) == 0:
+        assert parts == devices
+    assert parts == 1 or size % 8 == 0
 
 
 @pytest.mark.parametrize("generator", ["default", "fast"])
@@ -140,11 +150,6 @@ def test_blocks_of_half_precision_are_rounded_once(key):
     x = jnp.ones((3, ROWS)).at[:, :8].set(256.0)
     exact = written_out(layer, x, key)
     np.testing.assert_array_equal(layer(x, rngs=key), exact.astype(jnp.bfloat16))
-
-
-def test_out_sharding_is_refused(key):
-    with pytest.raises(ValueError, match="out_sharding cannot be given with per_example=True"):
-        make()(jnp.ones((2, ROWS)), rngs=key, out_sharding="x")
 
 
 def test_the_counter_moves_once_for_a_batch():

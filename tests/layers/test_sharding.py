@@ -62,9 +62,8 @@ def layer_text(layer, x, key):
     return text(lambda state, x, key: nnx.merge(graphdef, state)(x, rngs=key), state, x, key)
 
 
-@pytest.mark.parametrize("options", [{}, {"per_example": True}], ids=["shared", "per example"])
-def test_a_layer_of_sharded_columns_moves_nothing(options, generator, key):
-    layer = linear(spec=COLUMNS, generator=generator, **options)
+def test_a_layer_of_sharded_columns_moves_nothing(generator, key):
+    layer = linear(spec=COLUMNS, generator=generator)
     assert not re.search(COLLECTIVES, layer_text(layer, jnp.ones((4, SIDE)), key))
 
 
@@ -90,6 +89,121 @@ def test_the_gradients_of_a_sharded_layer_are_those_on_one_device(spec, generato
     np.testing.assert_array_equal(one == 0, many == 0)
     # The devices add 512 products in another order.
     np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4)
+
+
+# Masks for each example: shapes of the mesh, sharding of the batch, sharding of the kernel.
+LAYOUTS = {
+    "data": ((8, 1), PartitionSpec("d"), PartitionSpec()),
+    "columns": ((8, 1), PartitionSpec(), PartitionSpec(None, "d")),
+    "rows": ((8, 1), PartitionSpec(None, "d"), PartitionSpec("d")),
+    "data and columns": ((4, 2), PartitionSpec("d"), PartitionSpec(None, "t")),
+    "data and rows": ((4, 2), PartitionSpec("d", "t"), PartitionSpec("t")),
+    "fsdp": ((8, 1), PartitionSpec("d"), PartitionSpec("d")),
+    "fsdp and tensor": ((4, 2), PartitionSpec("d"), PartitionSpec("d", "t")),
+}
+
+
+def per_example(inputs, kernel, key, generator="fast", out_sharding=None):
+    base = nnx.Linear(*kernel.shape, use_bias=False, rngs=nnx.Rngs(0))
+    base.kernel.set_value(kernel)
+    layer = layers.DropConnectLinear(base, 0.5, generator=generator, per_example=True)
+    return layer(inputs, rngs=key, out_sharding=out_sharding)
+
+
+def with_gradients(fn):
+    def run(inputs, kernel, key):
+        def loss(x, w):
+            y = fn(x, w, key)
+            return jnp.sin(y).sum(), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(inputs, kernel)
+
+    return run
+
+
+def placed(layout, axis_type, side=128):
+    """The mesh of a layout, and inputs and a kernel: on it, and on one device."""
+    shape, *specs = LAYOUTS[layout]
+    devices = jax.make_mesh(shape, ("d", "t"), axis_types=(axis_type,) * 2)
+    one = [jax.random.normal(jax.random.key(i), (n, side)) for i, n in enumerate((16, side))]
+    many = [
+        jax.device_put(x, NamedSharding(devices, spec)) for x, spec in zip(one, specs, strict=True)
+    ]
+    return devices, one, many
+
+
+def assert_all_close(many, one):
+    """The devices add 128 products, of which the sum is some tens, in another order."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), many, one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_per_example_move_what_a_plain_layer_moves(layout, key):
+    _, one, many = placed(layout, AxisType.Auto)
+    ours, plain = with_gradients(per_example), with_gradients(lambda x, w, key: x @ w)
+    shardings = (tuple(x.sharding for x in many), None)  # Those of the gradients.
+    compiled, reference = (
+        jax.jit(fn, out_shardings=shardings).lower(*many, key).compile() for fn in (ours, plain)
+    )
+    moved, allowed = (set(re.findall(COLLECTIVES, c.as_text())) for c in (compiled, reference))
+    assert moved <= allowed
+    result = compiled(*many, key)
+    assert_all_close(result, jax.jit(ours)(*one, key))
+    assert result[1].sharding.spec == reference(*many, key)[1].sharding.spec
+
+
+@pytest.mark.parametrize("layout", ["data and rows", "fsdp"])
+def test_every_generator_masks_examples_on_eight_devices_as_on_one(layout, generator, key):
+    _, one, many = placed(layout, AxisType.Auto)
+    fn = jax.jit(lambda x, w: per_example(x, w, key, generator))
+    assert_all_close(fn(*many), fn(*one))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_per_example_under_explicit_sharding(layout, key):
+    devices, one, many = placed(layout, AxisType.Explicit)
+    # Where rows of both are sharded, JAX asks for the sharding of the product, here and there.
+    asked = PartitionSpec(None if layout == "rows" else "d")
+    with jax.set_mesh(devices):
+        ours = with_gradients(lambda x, w, key: per_example(x, w, key, out_sharding=asked))
+        plain = with_gradients(
+            lambda x, w, key: jax.lax.dot_general(
+                x, w, (((1,), (0,)), ((), ())), out_sharding=asked
+            )
+        )
+        result, reference = (jax.jit(fn)(*many, key) for fn in (ours, plain))
+    assert_all_close(result, jax.jit(with_gradients(per_example))(*one, key))
+    assert jax.tree.map(jax.typeof, result) == jax.tree.map(jax.typeof, reference)
+
+
+def test_an_ambiguous_sharding_is_the_error_of_the_plain_product(key):
+    devices, _, many = placed("rows", AxisType.Explicit)
+    with jax.set_mesh(devices), pytest.raises(Exception, match="ambiguous how the output should"):
+        per_example(*many, key)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_layer_of_ones_own_with_a_mask_for_each_example_of_a_sharded_batch(axis_type, key):
+    devices, (x, w), many = placed("data and columns", axis_type)
+
+    def product(x, w):
+        return layers.map_examples(lambda x, key: x @ layers.drop_weight(w, key, 0.5), x, key)
+
+    with jax.set_mesh(devices):
+        compiled = jax.jit(product).lower(*many).compile()
+        assert not re.search(COLLECTIVES, compiled.as_text())
+        assert_all_close(compiled(*many), product(x, w))
+
+
+@pytest.mark.parametrize("layout", ["data", "rows"])
+def test_masks_per_example_take_no_kernel_of_memory_on_any_device(layout, key):
+    _, _, many = placed(layout, AxisType.Auto, side=SIDE)
+    ours, plain = with_gradients(per_example), with_gradients(lambda x, w, key: x @ w)
+    memory = [
+        jax.jit(fn).lower(*many, key).compile().memory_analysis().temp_size_in_bytes
+        for fn in (ours, plain)
+    ]
+    assert memory[0] - memory[1] < 4 * SIDE * SIDE
 
 
 @pytest.mark.parametrize("options", [{}, {"per_example": True}], ids=["shared", "per example"])
@@ -140,21 +254,19 @@ def test_predictions_keep_the_sharding_of_the_batch(axis_type, key):
     assert many[0].mean.sharding.spec[0] == many[1].sharding.spec[0] == "d"
 
 
-def test_out_sharding_is_that_of_nnx_linear():
+@pytest.mark.parametrize("options", [{}, {"per_example": True}], ids=["shared", "per example"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_out_sharding_is_that_of_nnx_linear(options, deterministic):
     explicit = mesh(AxisType.Explicit)
-    columns = PartitionSpec(None, "d")
     with jax.set_mesh(explicit):
-        linear = nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(0))
-        linear.kernel.set_value(
-            jax.device_put(linear.kernel[...], NamedSharding(explicit, columns))
-        )
-        x = jax.device_put(jnp.ones((8, 16)), NamedSharding(explicit, PartitionSpec(None, None)))
-        layer = layers.DropConnectLinear(linear, 0.5)
-        outputs = [
-            linear(x, out_sharding=columns),
-            layer(x, rngs=jax.random.key(0), out_sharding=columns),
-        ]
-    assert [jax.typeof(y).sharding.spec for y in outputs] == [columns, columns]
+        plain = nnx.Linear(16, 16, use_bias=False, rngs=nnx.Rngs(0))
+        plain.kernel.set_value(jax.device_put(plain.kernel[...], NamedSharding(explicit, ROWS)))
+        x = jax.device_put(jnp.ones((8, 16)), NamedSharding(explicit, COLUMNS))
+        layer = layers.DropConnectLinear(plain, 0.5, **options)
+        for asked in (ROWS, COLUMNS):  # Without one of them JAX could not tell.
+            y = layer(x, rngs=jax.random.key(0), deterministic=deterministic, out_sharding=asked)
+            assert jax.typeof(y) == jax.typeof(plain(x, out_sharding=asked))
+            assert jax.typeof(y).sharding.spec == asked
 
 
 @pytest.mark.parametrize("rows", [24, 25])

@@ -68,7 +68,7 @@ def test_a_changed_copy_brings_the_original_to_its_state() -> None:
     copy.calls = 1
     del copy.second.bias
     _, _, after, _ = _flax_private.flatten(copy)
-    _flax_private.update_graph(_flax_private.flatten_copy(copy, copied), after, indices)
+    _flax_private.update_graph(_flax_private.flatten_copy(copy, copied), after, indices, [])
     assert (mdl.first, mdl.second, mdl.calls) == (second, first, 1)
     assert mdl.first.kernel is kernel
     assert mdl.first.extra is copy.first.extra  # The leaves themselves are used.

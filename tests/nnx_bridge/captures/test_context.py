@@ -15,7 +15,7 @@ from flax.errors import TraceContextError
 
 import lifted
 import nnx_bridge
-from tests.helpers import assert_trees_equal, normal, strict
+from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict
 
 
 class Block(nnx.Module):
@@ -257,3 +257,53 @@ def test_a_lifted_transform_inside_a_model_with_lists(capture: Any) -> None:
     _, expected = nnx.capture(Listed(), nnx.Intermediate)(X)
     _, sown = capture(grads, nnx.Intermediate)(Listed(), X)
     assert_trees_equal(sown, expected)
+
+
+# Control flow. Every branch records the same; a loop whose body records has no fixed structure in
+# JAX, with or without us.
+
+
+def _branches(name: str, fn: Any) -> Callable[..., Any]:
+    if name == "cond":
+        return lambda mdl, x: nnx.cond(x.sum() > -99, fn, lambda m, x: fn(m, 2 * x), mdl, x)
+    return lambda mdl, x: nnx.switch(1, [lambda m, x: fn(m, 2 * x), fn], mdl, x)
+
+
+@pytest.mark.parametrize("capture", [nnx_bridge.capture, nnx.capture])
+@pytest.mark.parametrize("place", ["inside", "around"])
+@pytest.mark.parametrize("name", ["cond", "switch"])
+def test_a_lifted_transform_and_branches(name: str, place: str, capture: Any) -> None:
+    forward = lambda mdl, x: mdl(x)  # noqa: E731
+    lifted_ = lambda fn: lambda mdl, x: lifted.jvp(fn, mdl, (x,), (x,), {})  # noqa: E731
+    compose = {
+        "inside": _branches(name, lifted_(forward)),
+        "around": lifted_(_branches(name, forward)),
+    }
+    expected = nnx_bridge.capture_jvp(forward, block(), (X,), (X,))
+    mdl = block()
+    (value, tangent), sown = capture(compose[place], nnx.Intermediate)(mdl, X)
+    assert_trees_close(
+        (value, tangent, sown), (expected.value, expected.tangent, expected.intermediates)
+    )
+    plain = block()
+    plain.norm(plain.dense(X))
+    assert_trees_close(nnx.state(mdl), nnx.state(plain))
+
+
+def test_loops_inside_a_context_over_what_records_outside_of_them() -> None:
+    class Iterated(nnx.Module):
+        def __init__(self) -> None:
+            self.step = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "input", x)
+            x = self.perturb("start", x)
+            body = lambda i, c: (c[0], jnp.tanh(c[0](c[1])))  # noqa: E731
+            return nnx.fori_loop(0, 3, body, (self.step, x))[1].sum()
+
+    mdl = Iterated()
+    result = nnx_bridge.capture_grad(lambda mdl, x: mdl(x), mdl, X)
+    assert_trees_equal(result.intermediates["input"].get_value(), (X,))
+    assert_trees_equal(result.intermediate_grads["start"].get_value(), result.grads[1])
+    step = lambda x: jnp.tanh(mdl.step(x))  # noqa: E731
+    assert_trees_close(result.grads[1], jax.grad(lambda x: step(step(step(x))).sum())(X))

@@ -19,6 +19,7 @@ from tests.helpers import (
     call,
     initialized,
     normal,
+    normal_like,
     strict,
     total,
 )
@@ -159,18 +160,27 @@ def test_inside_an_nnx_transform(name: str) -> None:
     assert_trees_close(nnx.state(ours), nnx.state(plain), factor=8)
 
 
-@pytest.mark.parametrize("name", ["jit", "grad", "scan", "remat"])
-def test_around_an_nnx_transform(name: str) -> None:
-    """`fn` itself uses a transform of NNX."""
+def _first_again(mdl: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(mdl.first(x))
 
+
+def _with_custom_vjp(mdl: Any, x: jax.Array) -> jax.Array:
+    @nnx.custom_vjp
     def fn(mdl: Any, x: jax.Array) -> jax.Array:
-        return jnp.sum(jax.tree.leaves(AROUND[name](mdl, x))[0])
+        return mdl(x)
 
-    ours, plain = models.make(models.MLP), models.make(models.MLP)
-    graphdef, state = nnx.split(plain)
-    (actual,) = lifted.grad(fn, ours, X)
-    expected = jax.grad(lambda x: fn(nnx.merge(graphdef, state, copy=True), x))(X)
-    assert_trees_close(actual, expected)
+    def fwd(mdl: Any, x: jax.Array) -> Any:
+        return fn(mdl, x), (mdl, x)
+
+    def bwd(residual: Any, g: Any) -> Any:
+        (_, _), y_g = g
+        mdl, x = residual
+        _, transpose = jax.vjp(lambda m, x: m(x), mdl, x)
+        m_g, x_g = transpose(y_g)
+        return jax.tree.map(lambda g: 2 * g, nnx.state(m_g)), 3 * x_g
+
+    fn.defvjp(fwd, bwd)
+    return fn(mdl, x)
 
 
 AROUND: dict[str, Callable[..., Any]] = {
@@ -180,7 +190,50 @@ AROUND: dict[str, Callable[..., Any]] = {
         lambda m, x: (m, m(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0)
     )(mdl, x[None])[1],
     "remat": nnx.remat(call),
+    "vmap": lambda mdl, x: nnx.vmap(call, in_axes=(None, 0))(mdl, x),
+    "cond": lambda mdl, x: nnx.cond(x.sum() > -99, call, lambda m, x: m(2 * x), mdl, x),
+    "switch": lambda mdl, x: nnx.switch(1, [lambda m, x: m(2 * x), call], mdl, x),
+    "fori_loop": lambda mdl, x: nnx.fori_loop(
+        0, 2, lambda i, c: (c[0], _first_again(*c)), (mdl, x)
+    )[1],
+    "while_loop": lambda mdl, x: nnx.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1], _first_again(*c[1:])), (0, mdl, x)
+    )[2],
+    "custom_vjp": _with_custom_vjp,
 }
+ONE_WAY = {"while_loop": "jvp", "custom_vjp": "grad"}  # What JAX can do with them.
+
+
+@pytest.mark.parametrize("mode", ["grad", "jvp"])
+@pytest.mark.parametrize("name", AROUND)
+def test_around_an_nnx_transform(name: str, mode: str) -> None:
+    """`fn` itself uses a transform of NNX."""
+    if ONE_WAY.get(name, mode) != mode:
+        pytest.skip(f"JAX differentiates {name} with {ONE_WAY[name]} only")
+
+    def fn(mdl: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(jax.tree.leaves(AROUND[name](mdl, x))[0]))
+
+    mdl = models.make(models.MLP)
+    graphdef, state = nnx.split(mdl)
+    pure = lambda state, x: fn(nnx.merge(graphdef, state, copy=True), x)  # noqa: E731
+    if mode == "grad":
+        actual = lifted.grad(fn, mdl, X, grad_variables=nnx.Param)
+        expected = jax.grad(pure, argnums=(0, 1))(state, X)
+    else:
+        tangents = normal_like(state)
+        actual = lifted.jvp(fn, mdl, (X,), (X,), tangents)
+        expected = jax.jvp(pure, (state, X), (tangents, X))
+    assert_trees_close(actual, expected, factor=8)
+
+
+@pytest.mark.parametrize("name", ["cond", "switch"])
+def test_what_a_branch_writes_is_written(name: str) -> None:
+    ours, plain = models.make(MODEL), models.make(MODEL)
+    with strict():
+        lifted.grad(lambda mdl, x: jnp.sum(AROUND[name](mdl, x)), ours, X)
+    AROUND[name](plain, X)
+    assert_trees_close(nnx.state(ours), nnx.state(plain))
 
 
 # Inside of modules.

@@ -50,7 +50,7 @@ def test_every_variable_stays_the_object_that_it_was() -> None:
 def test_what_is_not_written_stays_the_array_that_it_was(edited: bool) -> None:
     mdl = models.make(models.MLP)
     kernel = mdl.first.kernel.get_raw_value()
-    fn = _editing(_create) if edited else total
+    fn = editing(_create) if edited else total
     lifted.grad(fn, mdl, X, grad_variables=False)
     assert mdl.first.kernel.get_raw_value() is kernel
 
@@ -165,7 +165,7 @@ EDITS: dict[str, Callable[[Any, jax.Array], None]] = {
 }
 
 
-def _editing(edit: Callable[..., None]) -> Callable[..., Any]:
+def editing(edit: Callable[..., None]) -> Callable[..., Any]:
     def fn(mdl: Any, x: jax.Array) -> jax.Array:
         y = total(mdl, x)
         edit(mdl, x)
@@ -178,7 +178,7 @@ def _editing(edit: Callable[..., None]) -> Callable[..., Any]:
 def test_the_graph_is_that_after_a_plain_call(name: str) -> None:
     mdl, plain = (models.make(models.MLP) for _ in range(2))
     with strict():
-        lifted.grad(_editing(EDITS[name]), mdl, X, grad_variables=nnx.Param)
+        lifted.grad(editing(EDITS[name]), mdl, X, grad_variables=nnx.Param)
     EDITS[name](plain, X)
     assert_modules_equal(mdl, plain)
 
@@ -186,7 +186,7 @@ def test_the_graph_is_that_after_a_plain_call(name: str) -> None:
 @pytest.mark.parametrize("name", EDITS)
 def test_the_graph_under_jit_and_a_nested_transform(name: str) -> None:
     mdl, plain = (models.make(models.MLP) for _ in range(2))
-    inner = lambda mdl, x: lifted.grad(_editing(EDITS[name]), mdl, x)[0]  # noqa: E731
+    inner = lambda mdl, x: lifted.grad(editing(EDITS[name]), mdl, x)[0]  # noqa: E731
 
     @nnx.jit
     def outer(mdl: Any, x: jax.Array) -> Any:
@@ -201,14 +201,14 @@ def test_the_graph_under_jit_and_a_nested_transform(name: str) -> None:
 def test_objects_that_are_moved_are_still_the_same_objects(name: str) -> None:
     mdl = models.make(models.MLP)
     held = {id(mdl.first), id(mdl.second), id(mdl.first.kernel), id(mdl.second.kernel)}
-    lifted.grad(_editing(EDITS[name]), mdl, X)
+    lifted.grad(editing(EDITS[name]), mdl, X)
     assert held <= {id(node) for _, node in nnx.iter_graph(mdl)}
 
 
 def test_a_created_variable_holds_a_primal_value() -> None:
     mdl = models.make(models.MLP)
     with strict():
-        lifted.hessian(_editing(_create), mdl, X)
+        lifted.hessian(editing(_create), mdl, X)
     assert_trees_equal(mdl.extra[...], X.sum(0))
 
 
