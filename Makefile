@@ -88,6 +88,7 @@ docs: $(VENV)/with-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 demo: $(VENV)/with-demo
+	$(BIN)/python -m examples.digits_migration
 	$(BIN)/flaxlift check examples.published_models:resnet examples.published_models:bert
 
 clean:

@@ -3,7 +3,16 @@
 import nnx_bridge.functional  # noqa: F401  (makes NNX modules known to lifted)
 from nnx_bridge import audit, compat
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
+from nnx_bridge._linen_rngs import linen_key, linen_rngs
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
+from nnx_bridge.checkpoints import (
+    CheckpointError,
+    Conversion,
+    convert,
+    from_train_state,
+    load_checkpoint,
+    to_train_state,
+)
 from nnx_bridge.equivalence import (
     Case,
     CaseError,
@@ -25,6 +34,8 @@ __all__ = [
     "CapturedJvp",
     "Case",
     "CaseError",
+    "CheckpointError",
+    "Conversion",
     "Host",
     "Node",
     "Parting",
@@ -45,11 +56,17 @@ __all__ = [
     "collection_name",
     "compare",
     "compat",
+    "convert",
+    "from_train_state",
+    "linen_key",
+    "linen_rngs",
     "load",
     "load_case",
+    "load_checkpoint",
     "match",
     "register_layout",
     "to_state",
+    "to_train_state",
     "to_variables",
     "unhost",
     "variable_type",

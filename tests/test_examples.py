@@ -55,3 +55,13 @@ def test_attention_maps_and_their_gradients_are_equal_in_linen_and_hosted() -> N
     scores = attention_gradients.main()
     assert set(scores) == {"Attention_0", "Attention_1"}
     assert all(layer.shape == (10, 10) and layer.sum() > 0 for layer in scores.values())
+
+
+@pytest.mark.slow
+def test_a_classifier_of_digits_goes_on_in_nnx_as_it_would_have_in_linen(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from examples import digits_migration
+
+    page = digits_migration.main(tmp_path, before=1, after=1).read_text(encoding="utf-8")
+    assert page.count("<td>0</td>") == 3
+    assert "all agree" in page

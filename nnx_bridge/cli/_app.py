@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nnx_bridge.cli._check import check_command
+from nnx_bridge.cli._convert import convert_command
 from nnx_bridge.cli._inspect import inspect_command
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
@@ -30,6 +31,7 @@ def _root(
 
 
 app.command("check")(check_command)
+app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 
 

@@ -1,0 +1,326 @@
+"""Checkpoints of Linen as checkpoints of NNX, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from nnx_bridge.checkpoints import _mapping, _orbax, _plan
+from nnx_bridge.checkpoints._entries import (
+    CheckpointError,
+    Path,
+    Stored,
+    below,
+    is_empty,
+    listed,
+    loaded,
+    written,
+)
+from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
+from nnx_bridge.checkpoints._mapping import RNGS
+from nnx_bridge.checkpoints._msgpack import write_msgpack
+from nnx_bridge.checkpoints._plan import Plan
+from nnx_bridge.checkpoints._safetensors import write_safetensors
+from nnx_bridge.checkpoints._source import Source, open_source
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+      source: the checkpoint that was read.
+      destination: the one that was written.
+      source_layout: the layout that was found.
+      destination_layout: the layout that was written.
+      arrays: how many arrays.
+      nbytes: their bytes.
+      apart: the leaves of random numbers, which are in a checkpoint of their own below it.
+    """
+
+    source: FilePath
+    destination: FilePath
+    source_layout: str
+    destination_layout: str
+    arrays: int
+    nbytes: int
+    apart: tuple[str, ...] = ()
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    item: str | None = None,
+    like: str | os.PathLike[str] | None = None,
+    plan: Plan | None = None,
+    unsharded: bool = False,
+    force: bool = False,
+    progress: Progress = lambda done, total, what: None,
+) -> Conversion:
+    """Writes a Linen checkpoint as an NNX one, or an NNX checkpoint as a Linen one.
+
+    Use it once, when a run moves to the other side; `load_checkpoint` reads either kind without.
+    Which kind the source is, is found from the names in it. A Linen train state becomes
+    `{'model': nnx.state(model, nnx.Not(nnx.RngState)), 'optimizer': nnx.state(optimizer)}` with its
+    other fields beside them, Linen variables alone become the state of the model. Arrays are read
+    and written a few at a time, and lie on devices as they did.
+
+    Random numbers are kept apart: keys of a train state, and the streams of an NNX model, go into a
+    checkpoint of their own, the folder `rngs` in the destination. They come back on the way back.
+
+    Args:
+      source: An Orbax checkpoint, one item or step of one, a folder of steps (the last is taken), a
+        file of `flax.serialization`, a safetensors file of a Flax model, or a folder of Hugging
+        Face with one of them, in one or several files.
+      destination: The folder of the new checkpoint, or a file that ends in `.msgpack`, or in
+        `.safetensors` for parameters alone, for the way to Linen.
+      layout: The layout of the source, where the names in it mislead; one of `LAYOUTS`.
+      item: The item of the source, where there are several.
+      like: For the way to Linen, a Linen checkpoint of the same run, whose structure the new one
+        gets. Without it, that of the checkpoint that the source was converted from. Without that,
+        one that the names suggest; what has left no trace in NNX, such as the empty state at the
+        end of an optimizer's chain, is not in it then.
+      plan: Where the NNX model has other names or shapes than Linen's: what converts its variables.
+        By default an NNX path is the Linen path without its collection.
+      unsharded: Whether arrays are read onto one device, however they were saved.
+      force: Whether a destination that exists is replaced.
+      progress: Called with the bytes done, all bytes, and what was done.
+
+    Returns:
+      What was done.
+
+    Raises:
+      CheckpointError: The source is damaged, foreign or of no known layout, the destination exists
+        or cannot be written. The destination is then as it was.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, orbax.checkpoint as ocp
+        >>> folder = FilePath(tempfile.mkdtemp())
+        >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3))}}}
+        >>> ocp.PyTreeCheckpointer().save(folder / "linen", variables)
+        >>> done = convert(folder / "linen", folder / "nnx")
+        >>> done.source_layout, done.destination_layout, done.arrays
+        ('variables', 'nnx_model', 1)
+    """
+    source, destination = FilePath(source).resolve(), FilePath(destination).absolute()
+    _check_places(source, destination, force)
+    opened = open_source(source, item=item, unsharded=unsharded)
+    found = find_layout(opened.entries, layout)
+    if isinstance(found, Linen):
+        made = _to_nnx(opened, found, plan)
+    else:
+        made = _to_linen(opened, found, plan, None if like is None else FilePath(like))
+    total = sum(
+        v.nbytes for v in (*made.entries.values(), *made.apart.values()) if hasattr(v, "nbytes")
+    )
+    done = 0
+
+    def advance(nbytes: int, what: str) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total, what)
+
+    with _published(destination, force) as place:
+        _write(place, destination, made, advance)
+    arrays = [v for v in made.entries.values() if hasattr(v, "nbytes")]
+    return Conversion(
+        opened.where,
+        destination,
+        found.name,
+        made.layout.name,
+        len(arrays),
+        total,
+        tuple(sorted(map(written, made.apart))),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A checkpoint that is to be written."""
+
+    layout: Layout
+    entries: dict[Path, Any]
+    apart: dict[Path, Any]
+    custom: dict[str, Any]
+
+
+def _to_nnx(source: Source, layout: Linen, plan: Plan | None) -> _Made:
+    entries = dict(source.entries)
+    if layout.step is not None and layout.opt_state is not None:
+        step = loaded(entries[layout.step])
+        entries[layout.step] = _mapping.as_step(step, np.zeros((), np.uint32))
+    where, made = _mapping.to_nnx(entries, layout, plan is not None)
+    apart = {t[1:]: entries[p] for p, t in where.items() if t and t[0] == RNGS}
+    result = {t: entries[p] for p, t in where.items() if t and t[0] != RNGS}
+    if plan is not None:
+        result = _plan.apply(plan, result, (_mapping.VALUE,))
+    # The streams of an NNX model that this checkpoint was made from.
+    result.update({_in_model(p, made): leaf for p, leaf in source.apart.items()})
+    return _Made(made, result, apart, {"linen": _structure(source.entries, layout)})
+
+
+def _to_linen(source: Source, layout: Nnx, plan: Plan | None, like: FilePath | None) -> _Made:
+    entries = dict(source.entries)
+    streams = {_out_of_model(p, layout): v for p, v in entries.items() if is_rng(p, v)}
+    if like is not None:
+        other = open_source(like, unsharded=True)
+        linen = find_layout(other.entries)
+        if not isinstance(linen, Linen):
+            raise CheckpointError(
+                f"like={like} is no Linen checkpoint (its layout is {linen.name})"
+            )
+        structure: dict[Path, Any] = other.entries
+    elif "linen" in source.custom:
+        structure, linen = _recorded(source.custom["linen"])
+    else:
+        structure, linen = _mapping.suggested(entries, layout)
+    result = _mapping.to_linen(entries, layout, structure, linen, plan)
+    result.update({p: v for p, v in source.apart.items() if p in structure})
+    return _Made(linen, result, streams, {})
+
+
+def _out_of_model(path: Path, layout: Nnx) -> Path:
+    """The path of a stream as it is kept apart, the same for all layouts of NNX."""
+    end: Path = (_mapping.VALUE,) if layout.pure else ()
+    if path[: len(layout.model)] == layout.model:
+        path = ("model", *path[len(layout.model) :])
+    return (*path, *end)
+
+
+def _in_model(path: Path, layout: Nnx) -> Path:
+    return (*layout.model, *path[1:]) if path[0] == "model" else path
+
+
+def _structure(entries: Mapping[Path, Any], layout: Linen) -> dict[str, Any]:
+    """What an NNX checkpoint remembers of the Linen one it was made from, as JSON."""
+    return {
+        "layout": layout.name,
+        "leaves": [[list(path), _kind(leaf)] for path, leaf in entries.items()],
+    }
+
+
+_EMPTY: dict[str, Any] = {"NoneType": None, "dict": {}, "list": [], "tuple": ()}
+
+
+def _kind(leaf: Any) -> dict[str, Any]:
+    if is_empty(leaf):
+        return {"empty": type(leaf).__name__}
+    if hasattr(leaf, "dtype"):
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return {"python": isinstance(leaf, int)}
+
+
+def _recorded(structure: Mapping[str, Any]) -> tuple[dict[Path, Any], Linen]:
+    entries = {tuple(path): _of_kind(kind) for path, kind in structure["leaves"]}
+    layout = find_layout(entries, structure["layout"])
+    assert isinstance(layout, Linen)
+    return entries, layout
+
+
+def _of_kind(kind: Mapping[str, Any]) -> Any:
+    if "empty" in kind:
+        return _EMPTY[kind["empty"]]
+    if "python" in kind:
+        return 0 if kind["python"] else ""
+    return Stored(_Nowhere(), (), tuple(kind["shape"]), np.dtype(kind["dtype"]))
+
+
+class _Nowhere:
+    """Of a remembered structure there are no arrays."""
+
+    def read(self, arrays: Any) -> list[Any]:
+        raise AssertionError("a structure has no arrays")
+
+
+def _check_places(source: FilePath, destination: FilePath, force: bool) -> None:
+    resolved = destination.resolve()
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise CheckpointError(f"the destination {destination} and the source {source} overlap")
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination.parent}, where the checkpoint is to be, is no folder")
+    if os.path.lexists(destination) and not force:
+        raise CheckpointError(f"{destination} exists; force=True (--force) replaces it")
+
+
+def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) -> None:
+    suffix = destination.suffix
+    if suffix not in (".msgpack", ".safetensors"):
+        _orbax.write(place, made.entries, {"flaxlift": made.custom}, advance)
+        if made.apart:
+            _orbax.write(place / RNGS, made.apart, None, advance)
+        return
+    if not isinstance(made.layout, Linen):
+        raise CheckpointError(
+            f"{destination} would be a file of Linen weights, and the source is Linen; name a "
+            "folder for the NNX checkpoint"
+        )
+    if suffix == ".msgpack":
+        write_msgpack(place, made.entries, advance)
+        return
+    params = below(made.entries, made.layout.collections["params"])
+    beside = [p for p in made.entries if p[: -len(params)] and p[:1] != ("params",)]
+    if beside:
+        raise CheckpointError(f"safetensors keeps parameters alone; there is also {listed(beside)}")
+    write_safetensors(place, params, advance)
+
+
+@contextlib.contextmanager
+def _published(destination: FilePath, force: bool) -> Iterator[FilePath]:
+    """Where to write what then becomes the destination, in one step, if all went well."""
+    _sweep(destination)
+    folder = destination.parent / f".{destination.name}.flaxlift-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield folder / "new"
+        if force and os.path.lexists(destination):
+            os.replace(destination, folder / "old")
+        os.rename(folder / "new", destination)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise CheckpointError(
+            f"{destination} could not be written: {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: FilePath) -> None:
+    """Removes a folder in which writers that failed may be at work for another moment."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
+
+
+def _sweep(destination: FilePath) -> None:
+    """Removes what runs for the same destination left that were killed."""
+    for folder in destination.parent.glob(f".{destination.name}.flaxlift-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
