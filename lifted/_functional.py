@@ -102,14 +102,15 @@ class Functional:
         self.initializing = any(group.initializing for group in self._groups)
 
     def __call__(
-        self, variables: Variables, fn: Callable[..., Any], *args: Any
+        self, variables: Variables, fn: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, list[Updates]]:
-        """``fn(mdl, *args)`` with ``variables`` in the target.
+        """``fn(mdl, *args, **kwargs)`` with ``variables`` in the target.
 
         Args:
           variables: pytree of the structure of ``self.variables``.
           fn: function of the target and ``args``.
           *args: anything that ``fn`` takes.
+          **kwargs: the same by keyword.
 
         Returns:
           ``(y, updates)``: the result of ``fn`` and what it wrote, for `publish`. The target itself
@@ -122,7 +123,7 @@ class Functional:
                 stack.enter_context(group.opened(part))
                 for group, part in zip(self._groups, split, strict=True)
             ]
-            y = fn(self.structure.join(copies for copies, _ in opened), *args)
+            y = fn(self.structure.join(copies for copies, _ in opened), *args, **kwargs)
             return y, [written() for _, written in opened]
 
     def publish(self, updates: list[Updates]) -> None:

@@ -21,7 +21,7 @@ from flax.core import DenyList
 from flax.core.scope import in_filter
 from flax.errors import TraceContextError
 
-from lifted._errors import Path
+from lifted._errors import Path, key_of
 from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
@@ -32,6 +32,48 @@ from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.functional._tangents import as_state, visible_for
 
 
+@dataclasses.dataclass(frozen=True)
+class Old:
+    """Stands for an array that a call was given and did not write: its place among the inputs."""
+
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A Variable, or a bare array of a module, as a call left it.
+
+    Attributes:
+      path: where it is, first the number of the target.
+      leaf: the Variable, or the bare array; in it an `Old` for each array that is as before.
+      before: None for what is new; otherwise its path before the call.
+    """
+
+    path: Path
+    leaf: Any
+    before: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A graph that a call has changed.
+
+    Attributes:
+      definition: of the new graph.
+      treedef: structure of the list of its leaves.
+      sources: for each part of its leaves the place of that part among the inputs, or None for the
+        next of `NNXUpdates.leaves`.
+      paths: of its leaves.
+      before: for each of its leaves the path that it had before the call, None for a new one.
+    """
+
+    definition: Any
+    treedef: Any
+    sources: list[int | None]
+    paths: list[Path]
+    before: list[Path | None]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NNXUpdates:
@@ -40,13 +82,35 @@ class NNXUpdates:
     Attributes:
       changed: for each target the Variables that are new or have a new value, by path.
       leaves: where the graph changed, what its leaves hold that was not there before.
-      graph: where the graph changed, its new definition, and for each part of its leaves the place
-        of that part among the inputs, or None for the next of ``leaves``.
+      graph: where the graph changed, the new `Graph`.
     """
 
     changed: list[nnx.State]
     leaves: list[Any]
     graph: Static
+
+    def written(self) -> tuple[list[Written], Callable[[list[Any]], "NNXUpdates"]]:
+        """What `publish` would write, leaf by leaf, and a function that makes updates of such
+        leaves again, with other values or metadata."""
+        static = self.graph
+        graph: Graph | None = static.value
+        if graph is None:
+            found, treedef = jax.tree_util.tree_flatten_with_path(self.changed, is_leaf=_is_leaf)
+            paths = [tuple(map(key_of, path)) for path, _ in found]
+            entries = [Written(p, leaf, p) for p, (_, leaf) in zip(paths, found, strict=True)]
+            return entries, lambda new: NNXUpdates(treedef.unflatten(new), [], static)
+        values = iter(self.leaves)
+        parts = [next(values) if place is None else Old(place) for place in graph.sources]
+        both = zip(graph.paths, graph.treedef.unflatten(parts), graph.before, strict=True)
+
+        def close(new: list[Any]) -> NNXUpdates:
+            parts, treedef = jax.tree.flatten(new)
+            sources = [part.place if isinstance(part, Old) else None for part in parts]
+            fresh = [part for part in parts if not isinstance(part, Old)]
+            changed = dataclasses.replace(graph, treedef=treedef, sources=sources)
+            return NNXUpdates([], fresh, Static(changed))
+
+        return [Written(*entry) for entry in both], close
 
 
 class NNXGroup:
@@ -94,7 +158,7 @@ class NNXGroup:
                 hiding.close()
                 if snapshot.holds():
                     return NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
-                return self._regraph(leaves, copies, indices)
+                return self._regraph(leaves, fresh, copies, indices)
 
             yield targets, written
 
@@ -108,10 +172,11 @@ class NNXGroup:
             for original, variable in changed:
                 original.update_from_state(variable)
             return
-        graphdef, treedef, sources = updates.graph.value
+        graph: Graph = updates.graph.value
         old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
-        values = [next(new) if source is None else old[source] for source in sources]
-        _flax_private.update_graph(graphdef, treedef.unflatten(values), self._indices)
+        values = [next(new) if source is None else old[source] for source in graph.sources]
+        leaves = graph.treedef.unflatten(values)
+        _flax_private.update_graph(graph.definition, leaves, self._indices)
 
     def outside(self) -> dict[Path, Any]:
         return {}  # NNX itself raises where a Variable is written in another trace.
@@ -151,14 +216,18 @@ class NNXGroup:
         types = {type(x) for x in self._flat(variables).values() if isinstance(x, nnx.Variable)}
         return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
-    def _regraph(self, before: list[Any], copies: Any, indices: Any) -> NNXUpdates:
+    def _regraph(
+        self, before: list[Any], fresh: list[Any], copies: Any, indices: Any
+    ) -> NNXUpdates:
         """The updates where the graph has changed."""
         _, paths, after, _ = _flax_private.flatten(copies)
         places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
         parts, treedef = jax.tree.flatten(after)
         sources = [places.get(id(part)) for part in parts]
         new = [part for part, source in zip(parts, sources, strict=True) if source is None]
-        graph = (_flax_private.flatten_copy(copies, indices), treedef, sources)
+        origins = {id(leaf): path for leaf, path in zip(fresh, self._paths, strict=True)}
+        definition = _flax_private.flatten_copy(copies, indices)
+        graph = Graph(definition, treedef, sources, paths, [origins.get(id(x)) for x in after])
         return NNXUpdates(self._changed(before, paths, after), new, Static(graph))
 
     def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:
@@ -238,6 +307,10 @@ def _unchanged(before: Any, after: Any) -> bool:
         if same_value and before.get_metadata() == after.get_metadata():
             return True
     return identical(before, after)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _filled(tree: Any, value: Any) -> Any:
