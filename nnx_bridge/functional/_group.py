@@ -96,9 +96,10 @@ class NNXUpdates:
         graph: Graph | None = static.value
         if graph is None:
             found, treedef = jax.tree_util.tree_flatten_with_path(self.changed, is_leaf=_is_leaf)
+            restored: Any = treedef
             paths = [tuple(map(key_of, path)) for path, _ in found]
             entries = [Written(p, leaf, p) for p, (_, leaf) in zip(paths, found, strict=True)]
-            return entries, lambda new: NNXUpdates(treedef.unflatten(new), [], static)
+            return entries, lambda new: NNXUpdates(restored.unflatten(new), [], static)
         values = iter(self.leaves)
         parts = [next(values) if place is None else Old(place) for place in graph.sources]
         both = zip(graph.paths, graph.treedef.unflatten(parts), graph.before, strict=True)
@@ -111,6 +112,26 @@ class NNXUpdates:
             return NNXUpdates([], fresh, Static(changed))
 
         return [Written(*entry) for entry in both], close
+
+    @staticmethod
+    def nothing(targets: int) -> "NNXUpdates":
+        """The updates of a call that wrote nothing."""
+        return NNXUpdates([nnx.State({}) for _ in range(targets)], [], Static(None))
+
+    def replaced(self, leaves: Mapping[Path, Any]) -> "NNXUpdates":
+        """These updates, but that the Variables that were at some paths before become ``leaves``,
+        whether the call wrote them or not."""
+        if self.graph.value is not None:
+            entries, close = self.written()
+            return close([leaves.get(entry.before or (), entry.leaf) for entry in entries])
+        changed = list(self.changed)
+        for (target, *path), leaf in leaves.items():
+            if path:
+                flat_state = dict(nnx.to_flat_state(changed[target])) | {tuple(path): leaf}
+                changed[target] = nnx.from_flat_state(list(flat_state.items()))
+            else:
+                changed[target] = leaf
+        return NNXUpdates(changed, [], self.graph)
 
 
 class NNXGroup:

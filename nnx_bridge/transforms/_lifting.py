@@ -9,7 +9,7 @@ lifting.publish(written.form, axes, kept)    # outside, with the arrays of all s
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,13 @@ from nnx_bridge.transforms._plan import Kept, Plan, Where
 from nnx_bridge.transforms._targets import functionalized
 
 Axes = dict[int, list[Any]]
-Key = Hashable  # The number of a part among the inputs; for a new one its path and number there.
+Key = (
+    Any  # Hashable: the number of a part among the inputs; for a new one its path and number there.
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """A Variable as the function left it, without its arrays.
 
     Attributes:
@@ -55,7 +57,7 @@ class Form:
       close: makes updates of the leaves.
     """
 
-    leaves: list[_Leaf]
+    leaves: list[Leaf]
     close: Callable[[list[Any]], NNXUpdates]
 
 
@@ -83,7 +85,8 @@ class Lifting:
         self._hidden: list[tuple[Path, Any]] = []
         self.functional = functionalized(plan.name, mdl, variables=self._sees, rngs=self._sees)
         (per_target,) = self.functional.structure.split(self.functional.variables)
-        found, self.treedef = jax.tree_util.tree_flatten_with_path(per_target, is_leaf=_is_variable)
+        found, treedef = jax.tree_util.tree_flatten_with_path(per_target, is_leaf=is_variable)
+        self.treedef: Any = treedef
         self.leaves = [(tuple(map(key_of, path)), leaf) for path, leaf in found]
         self.parts = [part for _, leaf in self.leaves for part in jax.tree.leaves(leaf)]
 
@@ -97,8 +100,8 @@ class Lifting:
                 found += [(name, axis_size(name, x, where)) for x in jax.tree.leaves(leaf)]
         return found
 
-    def inputs(self, size: int) -> "Inputs":
-        """What comes in, of a lifted axis of the given size."""
+    def inputs(self, size: int | None) -> "Inputs":
+        """What comes in, of a lifted axis of the given size; None for a loop without end."""
         return Inputs(self, size)
 
     def explain(self, error: AttributeError) -> Exception:
@@ -126,6 +129,12 @@ class Lifting:
           axes: what came out along each axis.
           kept: what came out without an axis.
         """
+        self.functional.publish([self.updates(form, axes, kept)])
+
+    def updates(
+        self, form: Form, axes: Mapping[int, list[Any]], kept: Mapping[Key, Any]
+    ) -> NNXUpdates:
+        """What `publish` writes."""
         tables: dict[Any, Any] = {"input": self.parts, "kept": kept, **axes}
         new = []
         for leaf in form.leaves:
@@ -134,7 +143,7 @@ class Lifting:
             if isinstance(leaf.axis, int):
                 variable = axis_added(self.plan.name, leaf.path, variable, leaf.axis, self.metadata)
             new.append(variable)
-        self.functional.publish([form.close(new)])
+        return form.close(new)
 
     def _sees(self, path: Path, leaf: Any) -> bool:
         if self.plan.into(path, leaf) is not Kept.NOWHERE:
@@ -147,12 +156,13 @@ class Inputs:
     """The parts of the Variables of a call, by how they come in.
 
     Attributes:
-      axes: what goes along each axis; of an RNG stream that is split, a key for each step.
+      axes: what goes along each axis; of an RNG stream that is split, a key for each step, or in a
+        loop without end the one key.
       carried: what goes from step to step, by key.
       counts: the keys of the counts of RNG streams, which every step writes alike.
     """
 
-    def __init__(self, lifting: Lifting, size: int) -> None:
+    def __init__(self, lifting: Lifting, size: int | None) -> None:
         self.lifting = lifting
         self.axes: Axes = {}
         self.carried: dict[Key, Any] = {}
@@ -170,7 +180,8 @@ class Inputs:
                 if where is Kept.CARRY:
                     self.carried[key] = part
                 elif where is Kept.SPLIT:
-                    self.axes.setdefault(0, []).append(jax.random.split(part, size))
+                    keys = part if size is None else jax.random.split(part, size)
+                    self.axes.setdefault(0, []).append(keys)
                     where = 0
                 elif isinstance(where, int):
                     self.axes.setdefault(where, []).append(part)
@@ -180,7 +191,7 @@ class Inputs:
             if isinstance(where, int):
                 leaf = axis_removed(lifting.plan.name, path[1:], leaf, where, lifting.metadata)
             leaves.append(leaf)
-        self.treedef = jax.tree.structure(leaves)
+        self.treedef: Any = jax.tree.structure(leaves)
 
     def step(self, axes: Mapping[int, Sequence[Any]], carried: Sequence[Any]) -> "Step":
         """The inputs of one step: slices of what has an axis, what the last step left."""
@@ -223,10 +234,11 @@ class Step:
         written, close = updates[0].written()
         for entry in written:
             path = entry.path[1:]
-            into, start, old = self._inputs.places.get(entry.before, (None, 0, None))
+            new: Any = None, 0, None
+            into, start, old = self._inputs.places.get(entry.before or (), new)
             parts, treedef = jax.tree.flatten(entry.leaf)
             if all(isinstance(part, Old) for part in parts):
-                leaves.append(_Leaf(path, treedef, parts, into))
+                leaves.append(Leaf(path, treedef, parts, into))
                 continue
             where = plan.out(path, entry.leaf, into)
             if where is Kept.NOWHERE:
@@ -251,7 +263,7 @@ class Step:
                         self._check_carried(path, key, part)
                     sources.append(("kept", key))
                     kept[key] = part
-            leaves.append(_Leaf(path, treedef, sources, where))
+            leaves.append(Leaf(path, treedef, sources, where))
         return Taken(axes, kept, Form(leaves, close))
 
     def _check_carried(self, path: Path, key: Key, part: Any) -> None:
@@ -269,7 +281,7 @@ class Step:
             )
 
 
-def _fitting(path: Path, where: Where, parts: Sequence[Any], size: int) -> Where:
+def _fitting(path: Path, where: Where, parts: Sequence[Any], size: int | None) -> Where:
     """``where``; but what was recorded outside of the lifted call has no axis."""
     if not isinstance(where, int) or not _flax_private.is_capture(path):
         return where
@@ -277,13 +289,14 @@ def _fitting(path: Path, where: Where, parts: Sequence[Any], size: int) -> Where
     return where if fits else Kept.BROADCAST
 
 
-def _dropped(path: Path, leaf: Any, start: int, old: Any) -> _Leaf:
+def _dropped(path: Path, leaf: Any, start: int, old: Any) -> Leaf:
     """What was recorded without a rule is dropped, as Linen does: what there was before stays."""
     if old is None:
         old = jax.tree.structure(leaf.replace(type(leaf.get_raw_value())()))
     sources = [("input", start + i) for i in range(old.num_leaves)]
-    return _Leaf(path, old, sources, None)
+    return Leaf(path, old, sources, None)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a Variable."""
     return isinstance(x, nnx.Variable)

@@ -3,6 +3,7 @@
 `map_variables` and the ``data_transform`` of `scan` were written for nested dicts by collection.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,24 +12,29 @@ from flax import nnx
 from flax.core import meta
 
 from lifted import Functional
-from lifted._errors import path_text, suggestion
+from lifted._errors import Path, path_text, suggestion
 from lifted._nested import flat
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import linen_path, to_variables
 from nnx_bridge.functional import Predicate
-from nnx_bridge.transforms._plan import Plan
+from nnx_bridge.transforms._plan import Plan, Rule
+
+
+def is_mapped(path: Path, leaf: Any, matches: Predicate) -> bool:
+    """Whether ``leaf`` is a Variable that ``matches`` selects; those of RNG streams and what is
+    captured never are."""
+    return (
+        isinstance(leaf, nnx.Variable)
+        and not isinstance(leaf, nnx.RngState)
+        and not _flax_private.is_capture(path)
+        and matches(path, leaf)
+    )
 
 
 def selected(state: Any, matches: Predicate) -> nnx.State:
-    """The Variables of a target that ``matches`` selects, those of RNG streams never."""
-    found = [
-        (path, leaf)
-        for path, leaf in (nnx.to_flat_state(state) if isinstance(state, nnx.State) else ())
-        if isinstance(leaf, nnx.Variable)
-        and not isinstance(leaf, nnx.RngState)
-        and not _flax_private.is_capture(path)
-        and matches(tuple(path), leaf)
-    ]
+    """The Variables of a target that are mapped."""
+    flat_state = nnx.to_flat_state(state) if isinstance(state, nnx.State) else ()
+    found = [(path, leaf) for path, leaf in flat_state if is_mapped(tuple(path), leaf, matches)]
     return nnx.from_flat_state(found) if found else nnx.State({})
 
 
@@ -93,11 +99,11 @@ def data_transformed(
             selected(state, lambda *entry, rule=rule: plan.rule_into(*entry) is rule)
             for state in states
         ]
+        [selected(state, functools.partial(_follows, plan, rule)) for state in states]
         for rule in plan.rules
     ]
     streams = [
-        [_keys(state, lambda leaf, i=i: plan.stream_rule(leaf) == i) for state in states]
-        for i in range(len(plan.split_rngs))
+        [_keys(state, plan, number) for state in states] for number in range(len(plan.split_rngs))
     ]
     new_groups, new_streams = transform(
         tuple(tuple(map(to_variables, group)) for group in groups),
@@ -111,19 +117,23 @@ def data_transformed(
             with_values(state, old, collections, "scan: data_transform")
             for state, old, collections in zip(states, group, new, strict=True)
         ]
-    for group, new in zip(streams, new_streams, strict=True):
+    for keys_of, new in zip(streams, new_streams, strict=True):
         states = [
             _replaced(state, {path: (leaf, keys[name]) for name, (path, leaf) in of.items()})
-            for state, of, keys in zip(states, group, new, strict=True)
+            for state, of, keys in zip(states, keys_of, new, strict=True)
         ]
     return functional.structure.join([states])
 
 
-def _keys(state: Any, holds: Callable[[Any], bool]) -> dict[str, Any]:
-    """The keys of streams by name and place."""
+def _follows(plan: Plan, rule: Rule, path: Path, leaf: Any) -> bool:
+    return plan.rule_into(path, leaf) is rule
+
+
+def _keys(state: Any, plan: Plan, number: int) -> dict[str, tuple[Path, nnx.RngKey]]:
+    """The keys of the streams that follow one entry of ``split_rngs``, by their places."""
     found = nnx.to_flat_state(state) if isinstance(state, nnx.State) else ()
     return {
-        path_text(path[:-1]): (path, leaf)
+        path_text(path[:-1]): (tuple(path), leaf)
         for path, leaf in found
-        if isinstance(leaf, nnx.RngKey) and holds(leaf)
+        if isinstance(leaf, nnx.RngKey) and plan.stream_rule(leaf) == number
     }

@@ -103,12 +103,13 @@ class Plan:
     Attributes:
       name: of the transform.
       rules: of the collections, the first that matches counts.
-      split_rngs: filters of RNG streams, and whether each step gets another key.
+      split_rngs: filters of RNG streams, and whether each step gets another key; None where there
+        are no steps.
     """
 
     name: str
     rules: tuple[Rule, ...]
-    split_rngs: tuple[tuple[Any, bool], ...]
+    split_rngs: tuple[tuple[Any, bool | None], ...]
 
     @classmethod
     def make(cls, name: str, rules: Iterable[Rule], split_rngs: Mapping[Any, bool]) -> "Plan":
@@ -124,6 +125,12 @@ class Plan:
             )
         streams = [(filter, bool(split)) for filter, split in split_rngs.items()]
         return cls(name, tuple(rules), tuple(streams))
+
+    @classmethod
+    def whole(cls, name: str, variables: Any, rngs: Any) -> "Plan":
+        """The plan of a transform that has no steps: the filters say what is visible."""
+        rule = Rule(f"variables={variables!r}", variables, Kept.BROADCAST, Kept.BROADCAST)
+        return cls(name, (rule,), ((rngs, None),))
 
     @property
     def has_axes(self) -> bool:
@@ -167,7 +174,9 @@ class Plan:
         if isinstance(leaf, nnx.RngState):
             if before is not None:
                 return before if isinstance(before, int) else Kept.BROADCAST
-            return 0 if self._is_split(leaf) else Kept.BROADCAST
+            number = self.stream_rule(leaf)
+            split = number is not None and self.split_rngs[number][1]
+            return 0 if split else Kept.BROADCAST
         rule = self._first([r for r in self.rules if r.out is not Kept.NOWHERE], path, leaf)
         return Kept.NOWHERE if rule is None else rule.out
 
@@ -200,9 +209,12 @@ class Plan:
         )
 
     def _into_stream(self, path: Path, leaf: nnx.RngState) -> Where:
-        split = self._is_split(leaf)
-        if split is None:
+        number = self.stream_rule(leaf)
+        if number is None:
             return Kept.NOWHERE
+        split = self.split_rngs[number][1]
+        if split is None:
+            return Kept.BROADCAST
         several = leaf.get_raw_value().ndim > 0
         if several and not split:
             stream = _stream(leaf)
@@ -214,11 +226,6 @@ class Plan:
         if several:
             return 0
         return Kept.SPLIT if split and isinstance(leaf, nnx.RngKey) else Kept.BROADCAST
-
-    def _is_split(self, leaf: nnx.RngState) -> bool | None:
-        """What `split_rngs` says of a stream; None for nothing."""
-        number = self.stream_rule(leaf)
-        return None if number is None else self.split_rngs[number][1]
 
     def _first(self, rules: list[Rule], path: Path, leaf: Any) -> Rule | None:
         found = [rule for rule in rules if rule.matches(path, leaf)]
@@ -240,6 +247,8 @@ _REMEDIES = {
         "goes from step to step, or variable_broadcast={0} for one that stays the same"
     ),
     "while_loop": "carry_variables={0}",
+    "cond": "variables={0}",
+    "switch": "variables={0}",
 }
 
 

@@ -193,7 +193,8 @@ class _Loop:
         self._data_transform = data_transform
         self._inputs: Inputs = lifting.inputs(size)
         self._along = list(self._inputs.axes)
-        self._xs, self._xs_treedef = jax.tree.flatten(xs)
+        self._xs, treedef = jax.tree.flatten(xs)
+        self._xs_treedef: Any = treedef
         self._xs_axes = axes
         self._forms: list[Form] = []
         self._ys: list[tuple[Any, list[Any]]] = []
@@ -282,7 +283,8 @@ class _Loop:
             )
         carry, ys = y
         taken = step.take(updates)
-        ys, treedef = jax.tree.flatten(ys)
+        ys, structure = jax.tree.flatten(ys)
+        treedef: Any = structure
         y_axes = axes_of("scan", self._out_axes, treedef.unflatten(ys), broadcast, "out_axes")
         self._ys.append((treedef, y_axes))
         kept = taken.kept

@@ -94,7 +94,8 @@ def _lift_class(
     if construct is not None and methods:
         body["__init__"] = construct(_as_base(base, base.__init__), **next(iter(methods.values())))
     body |= {"__module__": base.__module__, "__doc__": base.__doc__}
-    made: type[nnx.Module] = type(base)(f"{name.capitalize()}{base.__name__}", (base,), body)
+    metaclass: Any = type(base)
+    made: type[nnx.Module] = metaclass(f"{name.capitalize()}{base.__name__}", (base,), body)
     return made
 
 

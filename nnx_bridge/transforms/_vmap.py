@@ -173,8 +173,8 @@ def _init_once(plan: Plan, argument: str, fn: Callable[..., Any], mdl: Any) -> N
             where = plan.into(path, leaf) if where is Kept.NOWHERE else where
             if isinstance(where, int):
                 raise ValueError(
-                    f"{plan.name}: the class makes {path_text(path)} with the axis {where}, before any "
-                    f"argument of a call is known. Pass {argument}=, the size of that axis."
+                    f"{plan.name}: the class makes {path_text(path)} with the axis {where}, before "
+                    f"any argument of a call is known. Pass {argument}=, the size of that axis."
                 )
     functional.publish(updates)
 
@@ -202,7 +202,8 @@ def _run(
         keys[:] = taken.kept
         return y, [taken.axes.get(a, []) for a in axes_out], list(taken.kept.values())
 
-    slices, axes_in = list(inputs.axes.values()), list(along)
+    slices: list[Any] = list(inputs.axes.values())
+    axes_in = list(along)
     if not along and not args:  # Something has to have the axis.
         slices, axes_in = [jnp.arange(options["axis_size"])], [0]
     axes_out = lifting.plan.axes_out
