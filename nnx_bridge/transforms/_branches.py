@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lifted._engine import unbound
-from lifted._errors import describe, path_text
+from lifted._errors import describe
 from nnx_bridge.transforms._lifting import Form, Key, Lifting, Taken
 from nnx_bridge.transforms._plan import Plan
 from nnx_bridge.transforms._targets import check_output, with_targets
@@ -163,16 +163,15 @@ class _Branches:
         Raises:
           ValueError: it does not.
         """
-        left = {f"{key[0]}": describe(x) for key, x in taken.kept.items() if isinstance(key, tuple)}
+        left = {key[0]: describe(x) for key, x in taken.kept.items() if isinstance(key, tuple)}
         if regraphed:
-            paths = [path_text(leaf.path) for leaf in taken.form.leaves]
-            left = {path: left.get(path, "a Variable") for path in paths}
+            left["its attributes"] = "changed"
         first = self._left.setdefault(min(self._left, default=number), left)
-        for path in sorted(first.keys() | left.keys()):
+        for path in sorted(first.keys() | left.keys(), reverse=True):
             if first.get(path) != left.get(path):
                 raise ValueError(
-                    f"{self._lifting.plan.name}: branch {number} leaves {path} as "
-                    f"{left.get(path) or 'it was'}, branch 0 as {first.get(path) or 'it was'}. "
+                    f"{self._lifting.plan.name}: one branch leaves the module with {path} "
+                    f"({left.get(path) or first.get(path)}), and another one does not. "
                     "Variables must be created, and values recorded, in all branches or in none; "
                     "create them before."
                 )

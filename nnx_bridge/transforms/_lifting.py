@@ -113,13 +113,13 @@ class Lifting:
 
     def differs(self, key: Key) -> str:
         """Message for what is the same for all steps, but written differently."""
-        path, leaf = key[0] if isinstance(key, tuple) else key, None
+        path, leaf = key[0] if isinstance(key, tuple) else "", None
         number = 0
         for of_leaf, candidate in self.leaves:
             if number == key:
                 path, leaf = path_text(of_leaf[1:]), candidate
             number += len(jax.tree.leaves(candidate))
-        return self.plan.differs(str(path), leaf)
+        return self.plan.differs(path, leaf)
 
     def publish(self, form: Form, axes: Mapping[int, list[Any]], kept: Mapping[Key, Any]) -> None:
         """Writes to the targets what a call has left.

@@ -132,6 +132,21 @@ class Plan:
         rule = Rule(f"variables={variables!r}", variables, Kept.BROADCAST, Kept.BROADCAST)
         return cls(name, (rule,), ((rngs, None),))
 
+    def creating(self) -> "Plan":
+        """The plan by which a class makes its Variables: those that go from step to step are made
+        once, and those that only come in, with the axis along which they do."""
+
+        def made(where: Where) -> Where:
+            return Kept.BROADCAST if where is Kept.CARRY else where
+
+        rules = [
+            Rule(
+                r.argument, r.filter, made(r.into), made(r.into if r.out is Kept.NOWHERE else r.out)
+            )
+            for r in self.rules
+        ]
+        return dataclasses.replace(self, rules=tuple(rules))
+
     @property
     def has_axes(self) -> bool:
         """Whether some collection has an axis."""

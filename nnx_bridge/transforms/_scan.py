@@ -1,5 +1,6 @@
 """`scan`: a function of a module in a loop with a fixed number of steps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -225,7 +226,7 @@ class _Loop:
         treedef, y_axes = self._ys[-1]
         stacked = iter(ys)
         outputs = [
-            kept[_output(i)] if axis is broadcast else _from_front(next(stacked), axis)
+            kept[_Output(i)] if axis is broadcast else _from_front(next(stacked), axis)
             for i, axis in enumerate(y_axes)
         ]
         return carry, treedef.unflatten(outputs)
@@ -247,7 +248,12 @@ class _Loop:
         outputs = zip(self._found, shapes, varying_outputs(program, varies), strict=True)
         for key, shape, varying in outputs:
             if varying and check:
-                raise ValueError(self._lifting.differs(key))
+                raise ValueError(
+                    f"scan: leaf {key.number} of the output depends on the step, but out_axes says "
+                    "that it is broadcast. Give it an axis."
+                    if isinstance(key, _Output)
+                    else self._lifting.differs(key)
+                )
             self._alike[key] = jnp.zeros(shape.shape, shape.dtype)
         self._found.clear()
 
@@ -288,7 +294,7 @@ class _Loop:
         y_axes = axes_of("scan", self._out_axes, treedef.unflatten(ys), broadcast, "out_axes")
         self._ys.append((treedef, y_axes))
         kept = taken.kept
-        kept |= {_output(i): y for i, y in enumerate(ys) if y_axes[i] is broadcast}
+        kept |= {_Output(i): y for i, y in enumerate(ys) if y_axes[i] is broadcast}
         stacked = [y for y, axis in zip(ys, y_axes, strict=True) if axis is not broadcast]
         after = [kept.pop(key, x) for key, x in zip(self._inputs.carried, carried, strict=True)]
         alike = [
@@ -303,9 +309,11 @@ class _Loop:
         return (carry, after, alike), (stacked, axes)
 
 
-def _output(number: int) -> Key:
-    """The key of an output with the axis `broadcast`."""
-    return "output", number
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """The key of a leaf of the output whose axis is `broadcast`."""
+
+    number: int
 
 
 def _to_front(x: Any, axis: int) -> Any:

@@ -14,7 +14,7 @@ from flax import nnx
 
 import lifted
 from lifted._errors import describe
-from lifted._group import is_target, is_value, leaves
+from lifted._group import group_of, is_target, is_value, leaves
 from nnx_bridge.functional import NNXGroup
 
 Fn = Callable[..., Any]
@@ -122,13 +122,12 @@ def functionalized(name: str, mdl: Any, **filters: Any) -> lifted.Functional:
     Raises:
       TypeError: ``mdl`` has a target of another kind.
     """
-    functional = lifted.functionalize(mdl, **filters)
-    if any(kind is not NNXGroup for kind in functional.structure.kinds):
+    if any(group_of(x) not in (NNXGroup, None) for x in leaves(mdl)):
         raise TypeError(
             f"{name}: the module is one of Linen, for which there is flax.linen.{name}; this one "
             "is for NNX modules, among them nnx_bridge.Host."
         )
-    return functional
+    return lifted.functionalize(mdl, **filters)
 
 
 @jax.tree_util.register_static

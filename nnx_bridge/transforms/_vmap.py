@@ -11,7 +11,7 @@ from flax import nnx
 from lifted._errors import path_text
 from nnx_bridge.transforms._arguments import agreed, axes_of, bind, sizes_of
 from nnx_bridge.transforms._lifting import Form, Key, Lifting
-from nnx_bridge.transforms._plan import Kept, Plan, rules_of_axes
+from nnx_bridge.transforms._plan import Plan, rules_of_axes
 from nnx_bridge.transforms._targets import (
     check_output,
     functionalized,
@@ -145,6 +145,8 @@ def vmapped_init(
       metadata_params: of the transform.
     """
 
+    plan = plan.creating()
+
     @functools.wraps(fn)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         def make(mdl: Any, args: Any, kwargs: Any) -> None:
@@ -170,7 +172,6 @@ def _init_once(plan: Plan, argument: str, fn: Callable[..., Any], mdl: Any) -> N
             if isinstance(leaf, nnx.RngState):
                 continue
             where = plan.out(path, leaf, None)
-            where = plan.into(path, leaf) if where is Kept.NOWHERE else where
             if isinstance(where, int):
                 raise ValueError(
                     f"{plan.name}: the class makes {path_text(path)} with the axis {where}, before "
