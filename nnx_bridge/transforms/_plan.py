@@ -136,15 +136,12 @@ class Plan:
         """The plan by which a class makes its Variables: those that go from step to step are made
         once, and those that only come in, with the axis along which they do."""
 
-        def made(where: Where) -> Where:
-            return Kept.BROADCAST if where is Kept.CARRY else where
+        def made(rule: Rule) -> Rule:
+            where = rule.into if rule.out is Kept.NOWHERE else rule.out
+            into, out = (Kept.BROADCAST if w is Kept.CARRY else w for w in (rule.into, where))
+            return Rule(rule.argument, rule.filter, into, out)
 
-        rules = [
-            Rule(
-                r.argument, r.filter, made(r.into), made(r.into if r.out is Kept.NOWHERE else r.out)
-            )
-            for r in self.rules
-        ]
+        rules = map(made, self.rules)
         return dataclasses.replace(self, rules=tuple(rules))
 
     @property

@@ -145,9 +145,7 @@ def test_a_variable_that_is_created_in_one_branch() -> None:
         mdl.new = nnx.BatchStat(x)
         return x
 
-    with pytest.raises(
-        ValueError, match=r"with new \(float32\[4,3\]\).*in all branches or in none"
-    ):
+    with pytest.raises(ValueError, match=r"with new \(float32.*in all branches or in none"):
         nn.cond(True, create, lambda mdl, x: x, NNXBlock(nnx.Rngs(0)), X)
 
 

@@ -144,7 +144,6 @@ def test_keyword_arguments_have_their_axes() -> None:
 def test_several_modules_and_modules_among_the_arguments() -> None:
     first, second = models.make(models.Norm, 0), models.make(models.Norm, 1)
     plain = nnx.clone(first), nnx.clone(second)
-    axes = {"params": None, "batch_stats": None}
 
     def together(first: Any, x: jax.Array, second: Any) -> Any:
         return second(first(x)[..., :1].repeat(3, -1))
@@ -157,7 +156,6 @@ def test_several_modules_and_modules_among_the_arguments() -> None:
     assert_trees_close(y, wanted)
     assert_trees_close(nnx.state((first, second)), nnx.state(plain))
     assert_trees_close(nn.remat(of_pair)((first, second), X), together(plain[0], X, plain[1]))
-    del axes
 
 
 def test_a_shared_module_is_lifted_once() -> None:
@@ -171,22 +169,27 @@ def test_a_shared_module_is_lifted_once() -> None:
     assert stacked.tied.kernel is stacked.first.kernel
 
 
-@pytest.mark.parametrize("transform", ["vmap", "scan"])
+@pytest.mark.parametrize("transform", ["vmap", "scan", "remat", "jit", "cond"])
 def test_a_hosted_model(transform: str) -> None:
     module = LinenBlock()
     variables = module.init(jax.random.key(0), X)
-    hosts = [nn.Host(module, variables), NNXBlock(nnx.Rngs(0))]
-    nnx.update(hosts[1], nn.to_state({k: variables[k] for k in ("params", "batch_stats")}))
-    results = []
-    for mdl in hosts:
-        if transform == "vmap":
-            run = nn.vmap(call, {"params": None, "batch_stats": nn.In(None), True: 0})
-            run = nn.vmap(lambda m, x: m.dense.kernel[...] @ x, {True: None})
-        else:
-            run = nn.scan(call, variable_broadcast="params", variable_carry=True, length=3)
-        results.append((run(mdl, X), collections(mdl)))
-    for got, want in zip(*map(jax.tree.leaves, results[::-1]), strict=False):
-        assert_trees_close(got, want)
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    native = NNXBlock(nnx.Rngs(0))
+    nnx.update(native, nn.to_state(variables))
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), variables["batch_stats"])
+    if transform == "vmap":
+        nnx.update(native, nn.to_state({"batch_stats": stacked}))
+        variables = {**variables, "batch_stats": stacked}
+        run = nn.vmap(call, {"params": None, "batch_stats": 0}, in_axes=None)
+    elif transform == "scan":
+        run = nn.scan(call, variable_broadcast="params", variable_carry="batch_stats", length=3)
+    elif transform == "cond":
+        run = functools.partial(nn.cond, True, call, call)
+    else:
+        run = getattr(nn, transform)(call)
+    hosted = nn.Host(module, variables)
+    assert_trees_close(run(hosted, X), run(native, X))
+    assert_trees_close(collections(hosted), collections(native))
 
 
 def test_in_tree_mode_and_under_other_transforms() -> None:
