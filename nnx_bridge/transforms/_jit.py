@@ -98,7 +98,9 @@ def _jitted(
     )
     def program(graphdef: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         functional, inner = current.calls[-1]
-        y, updates = functional(variables, inner, *args, **kwargs)
+        with functional.opened(variables) as (mdl, written):
+            y = inner(mdl, *args, **kwargs)
+            updates = written()
         check_output("jit", y)
         return y, updates
 

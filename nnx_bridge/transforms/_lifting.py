@@ -83,6 +83,7 @@ class Lifting:
         self.plan = plan
         self.metadata = metadata_params
         self._hidden: list[tuple[Path, Any]] = []
+        self._into: dict[int, Where] = {}  # How each leaf comes in, by its identity.
         self.functional = functionalized(plan.name, mdl, variables=self._sees, rngs=self._sees)
         (per_target,) = self.functional.structure.split(self.functional.variables)
         found, treedef = jax.tree_util.tree_flatten_with_path(per_target, is_leaf=is_variable)
@@ -94,7 +95,7 @@ class Lifting:
         """The sizes of the Variables that have an axis, with what they are called."""
         found = []
         for path, leaf in self.leaves:
-            where = self.plan.into(path[1:], leaf)
+            where = self.into(path, leaf)
             if isinstance(where, int) and not _flax_private.is_capture(path):
                 name = path_text(path[1:])
                 found += [(name, axis_size(name, x, where)) for x in jax.tree.leaves(leaf)]
@@ -145,11 +146,17 @@ class Lifting:
             new.append(variable)
         return form.close(new)
 
+    def into(self, path: Path, leaf: Any) -> Where:
+        """How a leaf comes in."""
+        # A bare array of the module has not been asked about.
+        return self._into[id(leaf)] if id(leaf) in self._into else self.plan.into(path[1:], leaf)
+
     def _sees(self, path: Path, leaf: Any) -> bool:
-        if self.plan.into(path, leaf) is not Kept.NOWHERE:
-            return True
-        self._hidden.append((path, leaf))
-        return False
+        where = self.plan.into(path, leaf)
+        self._into[id(leaf)] = where
+        if where is Kept.NOWHERE:
+            self._hidden.append((path, leaf))
+        return where is not Kept.NOWHERE
 
 
 class Inputs:
@@ -173,7 +180,7 @@ class Inputs:
         leaves = []
         for path, leaf in lifting.leaves:
             parts, treedef = jax.tree.flatten(leaf)
-            where = _fitting(path, lifting.plan.into(path[1:], leaf), parts, size)
+            where = _fitting(path, lifting.into(path, leaf), parts, size)
             start = len(self.wheres)
             self.places[path] = where, start, treedef
             for key, part in enumerate(parts, start):

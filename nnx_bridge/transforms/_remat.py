@@ -83,7 +83,9 @@ def _checkpointed(
         functional = functionalized("checkpoint", mdl, variables=variables, rngs=rngs)
 
         def pure(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            y, updates = functional(variables, inner, *args, **kwargs)
+            with functional.opened(variables) as (mdl, written):
+                y = inner(mdl, *args, **kwargs)
+                updates = written()
             check_output("checkpoint", y)
             return y, updates
 

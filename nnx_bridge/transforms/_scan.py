@@ -1,21 +1,18 @@
 """`scan`: a function of a module in a loop with a fixed number of steps."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import broadcast
 
 from nnx_bridge.transforms._arguments import agreed, axes_of, bind, sizes_of
-from nnx_bridge.transforms._invariants import varying_outputs
-from nnx_bridge.transforms._lifting import Form, Inputs, Key, Lifting
-from nnx_bridge.transforms._linen_form import data_transformed
+from nnx_bridge.transforms._construct import vmapped_init
+from nnx_bridge.transforms._lifting import Lifting
+from nnx_bridge.transforms._loop import Loop
 from nnx_bridge.transforms._plan import Kept, Plan, Rule, rules_of_axes
-from nnx_bridge.transforms._targets import check_output, lift_target, with_targets
-from nnx_bridge.transforms._vmap import vmapped_init
+from nnx_bridge.transforms._targets import lift_target, with_targets
 
 _NO_OPTIONS: Mapping[Any, Any] = {}
 
@@ -143,8 +140,16 @@ def scanned(
         lifting = Lifting(plan, mdl, metadata_params)
         axes = axes_of("scan", in_axes, tuple(xs), nothing=broadcast)
         size = agreed("scan", "length", length, [*sizes_of(axes, tuple(xs)), *lifting.sizes()])
-        loop = _Loop(lifting, inner, size, tuple(xs), axes, out_axes, data_transform)
-        return loop.run(carry, check_constancy_invariants, {"length": size, **options})
+        loop = Loop(lifting, inner, size, carry, tuple(xs), axes, out_axes, data_transform)
+        options["length"] = size
+        with loop.explained():
+            if loop.needs_room:
+                loop.make_room(check_constancy_invariants)
+            result = jax.lax.scan(loop.step, loop.start, loop.slices, **options)
+            if loop.needs_room:
+                loop.make_room(check_constancy_invariants)
+                result = jax.lax.scan(loop.step, loop.start, loop.slices, **options)
+        return loop.finish(result)
 
     return looped
 
@@ -171,154 +176,3 @@ def _plan(variable_axes: Any, variable_broadcast: Any, variable_carry: Any, spli
     ]
     rules = [Rule(f"{name}={filter!r}", filter, kept, kept) for name, filter, kept in fixed]
     return Plan.make("scan", rules + rules_of_axes("scan", variable_axes, none=False), split)
-
-
-class _Loop:
-    """One call.
-
-    What every step writes alike (the counts of RNG streams, broadcast Variables, outputs with the
-    axis `broadcast`) leaves the loop as a part of the carry that no step reads.
-    """
-
-    def __init__(
-        self,
-        lifting: Lifting,
-        fn: Callable[..., Any],
-        size: int,
-        xs: tuple[Any, ...],
-        axes: Sequence[Any],
-        out_axes: Any,
-        data_transform: Callable[..., Any] | None,
-    ) -> None:
-        self._lifting, self._fn, self._out_axes = lifting, fn, out_axes
-        self._data_transform = data_transform
-        self._inputs: Inputs = lifting.inputs(size)
-        self._along = list(self._inputs.axes)
-        self._xs, treedef = jax.tree.flatten(xs)
-        self._xs_treedef: Any = treedef
-        self._xs_axes = axes
-        self._forms: list[Form] = []
-        self._ys: list[tuple[Any, list[Any]]] = []
-        # What leaves the loop as every step writes it, and what else has been found to.
-        self._alike: dict[Key, Any] = {key: lifting.parts[key] for key in self._inputs.counts}
-        self._found: dict[Key, None] = {}
-
-    def run(self, carry: Any, check: bool, options: Mapping[str, Any]) -> Any:
-        both = zip(self._xs, self._xs_axes, strict=True)
-        xs = [_to_front(x, axis) for x, axis in both if axis is not broadcast]
-        slices = [
-            [_to_front(x, axis) for x in values] for axis, values in self._inputs.axes.items()
-        ]
-        if broadcast in jax.tree.leaves(self._out_axes):
-            self._make_room(carry, (xs, slices), check)
-        result = self._scan(carry, (xs, slices), options)
-        if self._found:
-            self._make_room(carry, (xs, slices), check)
-            result = self._scan(carry, (xs, slices), options)
-        (carry, carried, alike), (ys, axes) = result
-        kept = dict(zip(self._inputs.carried, carried, strict=True))
-        kept |= dict(zip(self._alike, alike, strict=True))
-        values = {
-            axis: [_from_front(x, axis) for x in of_axis]
-            for axis, of_axis in zip(self._lifting.plan.axes_out, axes, strict=True)
-        }
-        self._lifting.publish(self._forms[-1], values, kept)
-        treedef, y_axes = self._ys[-1]
-        stacked = iter(ys)
-        outputs = [
-            kept[_Output(i)] if axis is broadcast else _from_front(next(stacked), axis)
-            for i, axis in enumerate(y_axes)
-        ]
-        return carry, treedef.unflatten(outputs)
-
-    def _make_room(self, carry: Any, xs: Any, check: bool) -> None:
-        """Gives what is written by every step alike a place in the carry.
-
-        Raises:
-          ValueError: it is to be checked, and depends on the step.
-        """
-        state = carry, list(self._inputs.carried.values()), list(self._alike.values())
-        first = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), xs)
-        found = functools.partial(self._step, found_only=True)
-        program, shapes = jax.make_jaxpr(found, return_shape=True)(state, first)
-        alike = len(jax.tree.leaves(state[2]))
-        varies = [True] * len(program.in_avals)
-        start = len(jax.tree.leaves(state[:2]))
-        varies[start : start + alike] = [False] * alike
-        outputs = zip(self._found, shapes, varying_outputs(program, varies), strict=True)
-        for key, shape, varying in outputs:
-            if varying and check:
-                raise ValueError(
-                    f"scan: leaf {key.number} of the output depends on the step, but out_axes says "
-                    "that it is broadcast. Give it an axis."
-                    if isinstance(key, _Output)
-                    else self._lifting.differs(key)
-                )
-            self._alike[key] = jnp.zeros(shape.shape, shape.dtype)
-        self._found.clear()
-
-    def _scan(self, carry: Any, xs: Any, options: Mapping[str, Any]) -> Any:
-        start = carry, list(self._inputs.carried.values()), list(self._alike.values())
-        try:
-            return jax.lax.scan(self._step, start, xs, **options)
-        except AttributeError as error:
-            raise self._lifting.explain(error) from error
-
-    def _step(self, state: Any, xs: Any, *, found_only: bool = False) -> Any:
-        carry, carried, _ = state
-        of_args, slices = xs
-        step = self._inputs.step(dict(zip(self._along, slices, strict=True)), carried)
-        variables = step.variables
-        if self._data_transform is not None:
-            variables = data_transformed(
-                self._lifting.functional, self._lifting.plan, variables, self._data_transform
-            )
-        each = iter(of_args)
-        args = self._xs_treedef.unflatten(
-            [
-                x if axis is broadcast else next(each)
-                for x, axis in zip(self._xs, self._xs_axes, strict=True)
-            ]
-        )
-        y, updates = self._lifting.functional(variables, self._fn, carry, *args)
-        check_output("scan", y)
-        if not isinstance(y, (tuple, list)) or len(y) != 2:
-            raise TypeError(
-                "scan: the function must return a pair (carry, ys), as for jax.lax.scan; got "
-                f"{jax.tree.structure(y)}."
-            )
-        carry, ys = y
-        taken = step.take(updates)
-        ys, structure = jax.tree.flatten(ys)
-        treedef: Any = structure
-        y_axes = axes_of("scan", self._out_axes, treedef.unflatten(ys), broadcast, "out_axes")
-        self._ys.append((treedef, y_axes))
-        kept = taken.kept
-        kept |= {_Output(i): y for i, y in enumerate(ys) if y_axes[i] is broadcast}
-        stacked = [y for y, axis in zip(ys, y_axes, strict=True) if axis is not broadcast]
-        after = [kept.pop(key, x) for key, x in zip(self._inputs.carried, carried, strict=True)]
-        alike = [
-            kept.pop(key, self._lifting.parts[key] if isinstance(key, int) else was)
-            for key, was in self._alike.items()
-        ]
-        self._found |= dict.fromkeys(kept)
-        if found_only:
-            return list(kept.values())
-        self._forms.append(taken.form)
-        axes = [taken.axes.get(axis, []) for axis in self._lifting.plan.axes_out]
-        return (carry, after, alike), (stacked, axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """The key of a leaf of the output whose axis is `broadcast`."""
-
-    number: int
-
-
-def _to_front(x: Any, axis: int) -> Any:
-    return x if axis == 0 else jnp.moveaxis(x, axis, 0)
-
-
-def _from_front(x: Any, axis: int) -> Any:
-    return x if axis == 0 else jnp.moveaxis(x, 0, axis)

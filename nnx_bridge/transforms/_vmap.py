@@ -5,19 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from lifted._errors import path_text
 from nnx_bridge.transforms._arguments import agreed, axes_of, bind, sizes_of
-from nnx_bridge.transforms._lifting import Form, Key, Lifting
+from nnx_bridge.transforms._construct import vmapped_init
+from nnx_bridge.transforms._lifting import Lifting
+from nnx_bridge.transforms._mapped import Mapped
 from nnx_bridge.transforms._plan import Plan, rules_of_axes
-from nnx_bridge.transforms._targets import (
-    check_output,
-    functionalized,
-    lift_target,
-    with_targets,
-)
+from nnx_bridge.transforms._targets import lift_target, with_targets
 
 _NO_OPTIONS: Mapping[Any, Any] = {}
 
@@ -111,7 +105,10 @@ def _vmapped(
         axes = axes_of("vmap", in_axes, args, nothing=None)
         size = agreed("vmap", "axis_size", axis_size, [*sizes_of(axes, args), *lifting.sizes()])
         options = {"axis_size": size, "axis_name": axis_name, "spmd_axis_name": spmd_axis_name}
-        return _run(lifting, inner, args, in_axes, out_axes, options)
+        call = Mapped(lifting, inner, args, in_axes, out_axes, options)
+        with call.explained():
+            result = jax.vmap(call.step, **call.axes)(*call.inputs)
+        return call.finish(result)
 
     return mapped
 
@@ -126,109 +123,3 @@ def _vmapped_init(
 ) -> Callable[..., None]:
     plan = Plan.make("vmap", rules_of_axes("vmap", variable_axes, none=True), split_rngs)
     return vmapped_init(fn, plan, "axis_size", axis_size, metadata_params)
-
-
-def vmapped_init(
-    fn: Callable[..., Any],
-    plan: Plan,
-    argument: str,
-    size: int | None,
-    metadata_params: Mapping[Any, Any],
-) -> Callable[..., None]:
-    """The ``__init__`` ``fn`` of a class whose Variables get the axes of a plan.
-
-    Args:
-      fn: the ``__init__``.
-      plan: of the transform.
-      argument: of the transform, that gives the size of the axis.
-      size: what it gives.
-      metadata_params: of the transform.
-    """
-
-    plan = plan.creating()
-
-    @functools.wraps(fn)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        def make(mdl: Any, args: Any, kwargs: Any) -> None:
-            fn(mdl, *args, **kwargs)
-
-        inner, mdl, given = with_targets(make, self, (args, kwargs))
-        if size is None or not plan.has_axes:
-            _init_once(plan, argument, lambda mdl: inner(mdl, *given), mdl)
-            return
-        lifting = Lifting(plan, mdl, metadata_params)
-        _run(lifting, lambda mdl: inner(mdl, *given), (), 0, None, {"axis_size": size})
-
-    return init
-
-
-def _init_once(plan: Plan, argument: str, fn: Callable[..., Any], mdl: Any) -> None:
-    """Makes a module in which no Variable has an axis."""
-    functional = functionalized(plan.name, mdl)
-    _, updates = functional(functional.variables, fn)
-    for entry in updates[0].written()[0]:
-        path, leaf = entry.path[1:], entry.leaf
-        if entry.before is None and isinstance(leaf, nnx.Variable):
-            if isinstance(leaf, nnx.RngState):
-                continue
-            where = plan.out(path, leaf, None)
-            if isinstance(where, int):
-                raise ValueError(
-                    f"{plan.name}: the class makes {path_text(path)} with the axis {where}, before "
-                    f"any argument of a call is known. Pass {argument}=, the size of that axis."
-                )
-    functional.publish(updates)
-
-
-def _run(
-    lifting: Lifting,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    in_axes: Any,
-    out_axes: Any,
-    options: Mapping[str, Any],
-) -> Any:
-    """The call ``fn(mdl, *args)`` under `jax.vmap`."""
-    inputs = lifting.inputs(options["axis_size"])
-    along = list(inputs.axes)
-    forms: list[Form] = []
-    keys: list[Key] = []
-
-    def mapped(slices: list[Any], args: tuple[Any, ...]) -> Any:
-        step = inputs.step(dict(zip(along, slices, strict=False)), ())
-        y, updates = lifting.functional(step.variables, fn, *args)
-        check_output("vmap", y)
-        taken = step.take(updates)
-        forms.append(taken.form)
-        keys[:] = taken.kept
-        return y, [taken.axes.get(a, []) for a in axes_out], list(taken.kept.values())
-
-    slices: list[Any] = list(inputs.axes.values())
-    axes_in = list(along)
-    if not along and not args:  # Something has to have the axis.
-        slices, axes_in = [jnp.arange(options["axis_size"])], [0]
-    axes_out = lifting.plan.axes_out
-    axes_of_all = axes_in, in_axes
-    try:
-        y, axes, kept = jax.vmap(
-            mapped, in_axes=axes_of_all, out_axes=(out_axes, axes_out, None), **options
-        )(slices, args)
-    except AttributeError as error:
-        raise lifting.explain(error) from error
-    except ValueError as error:
-        for i, key in enumerate(keys):  # Empty where the function itself has raised.
-            one = functools.partial(_one_kept, mapped, i)
-            try:
-                jax.eval_shape(
-                    jax.vmap(one, in_axes=axes_of_all, out_axes=None, **options), slices, args
-                )
-            except ValueError:
-                raise ValueError(lifting.differs(key)) from error
-        raise
-    values = dict(zip(keys, kept, strict=True))
-    lifting.publish(forms[-1], dict(zip(axes_out, axes, strict=True)), values)
-    return y
-
-
-def _one_kept(mapped: Callable[..., Any], number: int, *args: Any) -> Any:
-    return mapped(*args)[-1][number]
