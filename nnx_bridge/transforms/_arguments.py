@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lifted._errors import describe
+from lifted._errors import Path, describe, path_text
 
 
 def bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -60,18 +60,18 @@ def axes_of(
     return axes
 
 
-def sizes_of(axes: Sequence[Any], args: tuple[Any, ...]) -> list[tuple[str, int]]:
+def sizes_of(axes: Sequence[Any], args: tuple[Any, ...]) -> list[tuple[Path, int]]:
     """The size of each array along its axis, with what it is called."""
     found = jax.tree_util.tree_leaves_with_path(args)
     return [
         (name, axis_size(name, x, axis))
         for axis, (path, x) in zip(axes, found, strict=True)
         if isinstance(axis, int)
-        for name in [f"argument{jax.tree_util.keystr(path)}"]
+        for name in [(f"argument{jax.tree_util.keystr(path)}",)]
     ]
 
 
-def axis_size(name: str, x: Any, axis: int) -> int:
+def axis_size(name: Path, x: Any, axis: int) -> int:
     """The size of ``x`` along ``axis``.
 
     Raises:
@@ -79,11 +79,11 @@ def axis_size(name: str, x: Any, axis: int) -> int:
     """
     shape = np.shape(x)
     if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{name} has no axis {axis}: it is {describe(x)}.")
+        raise ValueError(f"{path_text(name)} has no axis {axis}: it is {describe(x)}.")
     return int(shape[axis])
 
 
-def agreed(name: str, argument: str, given: int | None, sizes: Sequence[tuple[str, int]]) -> int:
+def agreed(name: str, argument: str, given: int | None, sizes: Sequence[tuple[Path, int]]) -> int:
     """The size of the lifted axis, on which all agree.
 
     Args:
@@ -95,7 +95,7 @@ def agreed(name: str, argument: str, given: int | None, sizes: Sequence[tuple[st
     Raises:
       ValueError: sizes disagree, or there is none.
     """
-    known = [*([] if given is None else [(argument, given)]), *sizes]
+    known = [*([] if given is None else [((argument,), given)]), *sizes]
     if not known:
         raise ValueError(
             f"{name}: {argument} is needed: no argument and no Variable has a lifted axis."
@@ -104,7 +104,7 @@ def agreed(name: str, argument: str, given: int | None, sizes: Sequence[tuple[st
     for other, other_size in known:
         if other_size != size:
             raise ValueError(
-                f"{name}: sizes along the lifted axis disagree: {first} has {size}, {other} has "
-                f"{other_size}."
+                f"{name}: sizes along the lifted axis disagree: {path_text(first)} has {size}, "
+                f"{path_text(other)} has {other_size}."
             )
     return size

@@ -91,14 +91,14 @@ class Lifting:
         self.leaves = [(tuple(map(key_of, path)), leaf) for path, leaf in found]
         self.parts = [part for _, leaf in self.leaves for part in jax.tree.leaves(leaf)]
 
-    def sizes(self) -> list[tuple[str, int]]:
-        """The sizes of the Variables that have an axis, with what they are called."""
+    def sizes(self) -> list[tuple[Path, int]]:
+        """The sizes of the Variables that have an axis, with their paths."""
         found = []
         for path, leaf in self.leaves:
             where = self.into(path, leaf)
             if isinstance(where, int) and not _flax_private.is_capture(path):
-                name = path_text(path[1:])
-                found += [(name, axis_size(name, x, where)) for x in jax.tree.leaves(leaf)]
+                parts = jax.tree.leaves(leaf)
+                found += [(path[1:], axis_size(path[1:], x, where)) for x in parts]
         return found
 
     def inputs(self, size: int | None) -> "Inputs":

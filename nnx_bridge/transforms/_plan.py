@@ -11,6 +11,7 @@ rest" (``True``, a ``DenyList``) may overlap.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -144,12 +145,20 @@ class Plan:
         rules = map(made, self.rules)
         return dataclasses.replace(self, rules=tuple(rules))
 
+    @functools.cached_property
+    def _rules_in(self) -> list[Rule]:
+        return [rule for rule in self.rules if rule.into is not Kept.NOWHERE]
+
+    @functools.cached_property
+    def _rules_out(self) -> list[Rule]:
+        return [rule for rule in self.rules if rule.out is not Kept.NOWHERE]
+
     @property
     def has_axes(self) -> bool:
         """Whether some collection has an axis."""
         return any(isinstance(w, int) for rule in self.rules for w in (rule.into, rule.out))
 
-    @property
+    @functools.cached_property
     def axes_out(self) -> list[int]:
         """The axes along which something may come out."""
         axes = {rule.out for rule in self.rules if isinstance(rule.out, int)}
@@ -168,7 +177,7 @@ class Plan:
 
     def rule_into(self, path: Path, leaf: Any) -> Rule | None:
         """The rule by which a Variable comes in."""
-        return self._first([r for r in self.rules if r.into is not Kept.NOWHERE], path, leaf)
+        return self._first(self._rules_in, path, leaf)
 
     def stream_rule(self, leaf: nnx.RngState) -> int | None:
         """The number of the entry of `split_rngs` that a stream follows."""
@@ -189,7 +198,7 @@ class Plan:
             number = self.stream_rule(leaf)
             split = number is not None and self.split_rngs[number][1]
             return 0 if split else Kept.BROADCAST
-        rule = self._first([r for r in self.rules if r.out is not Kept.NOWHERE], path, leaf)
+        rule = self._first(self._rules_out, path, leaf)
         return Kept.NOWHERE if rule is None else rule.out
 
     def unmapped(self, path: Path, leaf: Any, done: str) -> str:
