@@ -134,10 +134,10 @@ class _Branches:
         kept |= dict(zip(keys, extras, strict=True))
         updates = self._lifting.updates(form, {}, kept)
         changed = {}
-        for path, leaf in self._lifting.leaves:
+        for path, _ in self._lifting.leaves:
             _, start, treedef = self._inputs.places[path]
             numbers = range(start, start + treedef.num_leaves)
-            if any(number in self._written for number in numbers) and leaf is not None:
+            if any(number in self._written for number in numbers):
                 changed[path] = treedef.unflatten([kept[number] for number in numbers])
         self._lifting.functional.publish([updates.replaced(changed)])
         return y

@@ -107,8 +107,9 @@ class Lifting:
 
     def explain(self, error: AttributeError) -> Exception:
         """The error where the function misses what no rule brings in; otherwise ``error``."""
+        stream = getattr(error.obj, "tag", None)
         for path, leaf in self._hidden:
-            if str(path[-1]) == error.name:
+            if str(path[-1]) == error.name and stream in (None, _flax_private.rng_stream(leaf)):
                 return ValueError(self.plan.unmapped(path, leaf, "used"))
         return error
 
@@ -198,7 +199,7 @@ class Inputs:
             if isinstance(where, int):
                 leaf = axis_removed(lifting.plan.name, path[1:], leaf, where, lifting.metadata)
             leaves.append(leaf)
-        self.treedef: Any = jax.tree.structure(leaves)
+        self.treedef: Any = jax.tree.structure(lifting.treedef.unflatten(leaves))
 
     def step(self, axes: Mapping[int, Sequence[Any]], carried: Sequence[Any]) -> "Step":
         """The inputs of one step: slices of what has an axis, what the last step left."""
@@ -223,7 +224,7 @@ class Step:
             part if where is Kept.BROADCAST else next(iterators[where])
             for part, where in zip(lifting.parts, inputs.wheres, strict=True)
         ]
-        per_target = lifting.treedef.unflatten(inputs.treedef.unflatten(self._parts))
+        per_target = inputs.treedef.unflatten(self._parts)
         self.variables = lifting.functional.structure.join([per_target])
 
     def take(self, updates: Sequence[NNXUpdates]) -> Taken:

@@ -121,6 +121,13 @@ def test_a_stream_that_is_not_named(transform: str) -> None:
         getattr(nn, transform)(step, **options)(mdl, X)
 
 
+def test_the_stream_that_is_used_is_named() -> None:
+    rngs = nnx.Rngs(params=0, dropout=1, noise=2)
+    run = nn.vmap(lambda rngs, x: x + rngs.noise(), split_rngs={"params": True})
+    with pytest.raises(ValueError, match=r"stream 'noise'"):
+        run(rngs, X)
+
+
 def test_a_stream_with_several_keys_that_is_not_split() -> None:
     mdl = stacked(2, models.Noisy)
     with pytest.raises(ValueError, match="holds several keys.*Pass split_rngs"):
