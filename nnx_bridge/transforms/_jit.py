@@ -35,7 +35,7 @@ def jit(
       rngs: filter of the RNG streams that are visible inside.
       static_argnums: of arguments that are no arrays, hashable; 0 is the module.
       static_argnames: the same by name.
-      donate_argnums: of arguments whose memory may be used; 0 is the module.
+      donate_argnums: of arguments whose memory may be used; 0 is the module, which is kept.
       device: as for `jax.jit`, where that still takes it.
       backend: as for `jax.jit`, where that still takes it.
       methods: the methods of a class to lift, by default ``__call__``.
