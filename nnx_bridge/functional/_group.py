@@ -34,9 +34,17 @@ from nnx_bridge.functional._tangents import as_state, visible_for
 
 @dataclasses.dataclass(frozen=True)
 class Old:
-    """Stands for an array that a call was given and did not write: its place among the inputs."""
+    """Stands for an array that a call was given.
+
+    Attributes:
+      place: its number among the inputs.
+      path: of the Variable that it was in.
+      number: its number in that Variable.
+    """
 
     place: int
+    path: Path
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +69,15 @@ class Graph:
     Attributes:
       definition: of the new graph.
       treedef: structure of the list of its leaves.
-      sources: for each part of its leaves the place of that part among the inputs, or None for the
-        next of `NNXUpdates.leaves`.
+      sources: for each part of its leaves the input that it is, or None for the next of
+        `NNXUpdates.leaves`.
       paths: of its leaves.
       before: for each of its leaves the path that it had before the call, None for a new one.
     """
 
     definition: Any
     treedef: Any
-    sources: list[int | None]
+    sources: list[Old | None]
     paths: list[Path]
     before: list[Path | None]
 
@@ -101,12 +109,12 @@ class NNXUpdates:
             entries = [Written(p, leaf, p) for p, (_, leaf) in zip(paths, found, strict=True)]
             return entries, lambda new: NNXUpdates(restored.unflatten(new), [], static)
         values = iter(self.leaves)
-        parts = [next(values) if place is None else Old(place) for place in graph.sources]
+        parts = [next(values) if source is None else source for source in graph.sources]
         both = zip(graph.paths, graph.treedef.unflatten(parts), graph.before, strict=True)
 
         def close(new: list[Any]) -> NNXUpdates:
             parts, treedef = jax.tree.flatten(new)
-            sources = [part.place if isinstance(part, Old) else None for part in parts]
+            sources = [part if isinstance(part, Old) else None for part in parts]
             fresh = [part for part in parts if not isinstance(part, Old)]
             changed = dataclasses.replace(graph, treedef=treedef, sources=sources)
             return NNXUpdates([], fresh, Static(changed))
@@ -195,7 +203,7 @@ class NNXGroup:
             return
         graph: Graph = updates.graph.value
         old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
-        values = [next(new) if source is None else old[source] for source in graph.sources]
+        values = [next(new) if source is None else old[source.place] for source in graph.sources]
         leaves = graph.treedef.unflatten(values)
         _flax_private.update_graph(graph.definition, leaves, self._indices)
 
@@ -242,9 +250,14 @@ class NNXGroup:
     ) -> NNXUpdates:
         """The updates where the graph has changed."""
         _, paths, after, _ = _flax_private.flatten(copies)
-        places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
+        given: dict[int, Old] = {}
+        place = 0
+        for path, leaf in zip(self._paths, before, strict=True):
+            for number, part in enumerate(jax.tree.leaves(leaf)):
+                given[id(part)] = Old(place, path, number)
+                place += 1
         parts, treedef = jax.tree.flatten(after)
-        sources = [places.get(id(part)) for part in parts]
+        sources = [given.get(id(part)) for part in parts]
         new = [part for part, source in zip(parts, sources, strict=True) if source is None]
         origins = {id(leaf): path for leaf, path in zip(fresh, self._paths, strict=True)}
         definition = _flax_private.flatten_copy(copies, indices)

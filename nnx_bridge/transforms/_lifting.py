@@ -245,7 +245,7 @@ class Step:
             new: Any = None, 0, None
             into, start, old = self._inputs.places.get(entry.before or (), new)
             parts, treedef = jax.tree.flatten(entry.leaf)
-            if all(isinstance(part, Old) for part in parts):
+            if all(isinstance(part, Old) and part.path == entry.before for part in parts):
                 leaves.append(Leaf(path, treedef, parts, into))
                 continue
             where = plan.out(path, entry.leaf, into)
@@ -255,12 +255,20 @@ class Step:
                 leaves.append(_dropped(path, entry.leaf, start, old))
                 continue
             same = old is not None and old.num_leaves == len(parts)
+            own = range(start, start + old.num_leaves) if old is not None else range(0)
+            # What was recorded before may be in another place now.
+            moves = isinstance(where, int) and _flax_private.is_capture(path)
             sources: list[Any] = []
             for i, part in enumerate(parts):
+                number = numbers.get(id(part))
                 if isinstance(part, Old):
-                    sources.append(part)
-                elif id(part) in numbers:
-                    sources.append(("input", numbers[id(part)]))
+                    if part.path == entry.before or part.path not in self._inputs.places:
+                        sources.append(part)
+                        continue
+                    # An input of another Variable: here it may come out in another way.
+                    part = self._parts[self._inputs.places[part.path][1] + part.number]
+                if number in own and (moves or (number == start + i and where == into)):
+                    sources.append(("input", number))
                 elif isinstance(where, int):
                     along = axes.setdefault(where, [])
                     sources.append((where, len(along)))

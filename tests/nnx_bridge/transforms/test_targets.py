@@ -271,3 +271,58 @@ def test_derivatives_of_scanned_layers(transform: str) -> None:
     (derivative,) = getattr(lifted, transform)(out, mdl, x)
     assert_trees_close(derivative, by_jax)
     assert_trees_equal(mdl.drop.rngs.count[...], jnp.array([1, 1], jnp.uint32))
+
+
+class Memory(nnx.Module):
+    def __init__(self) -> None:
+        self.now = nnx.BatchStat(jnp.array(0.0))
+        self.before = nnx.BatchStat(jnp.array(-1.0))
+        self.each = nnx.Cache(jnp.zeros(3))
+        self.offset = nnx.Param(jnp.array(7.0))
+
+
+def test_values_that_go_from_one_variable_to_another_in_a_loop() -> None:
+    def step(mdl: Memory, carry: Any) -> Any:
+        mdl.before.set_value(mdl.now[...])
+        mdl.each.set_value(mdl.offset[...])
+        mdl.now.set_value(mdl.now[...] + 1)
+        return carry, None
+
+    mdl = Memory()
+    run = nn.scan(step, {"cache": 0}, variable_broadcast="params", variable_carry="batch_stats")
+    run(mdl, 0.0)
+    assert (float(mdl.now[...]), float(mdl.before[...])) == (3.0, 2.0)
+    assert_trees_equal(mdl.each[...], jnp.full(3, 7.0))
+
+
+def test_values_that_go_from_one_variable_to_another_in_a_branch() -> None:
+    def copy(mdl: Memory) -> None:
+        mdl.before.set_value(mdl.now[...])
+
+    for pred in (True, False):
+        mdl = Memory()
+        nn.cond(pred, lambda mdl: None, copy, mdl)
+        assert float(mdl.before[...]) == (-1.0 if pred else 0.0)
+
+
+def test_variables_that_are_created_from_others_in_a_loop() -> None:
+    def step(mdl: Memory, carry: Any) -> Any:
+        mdl.created = nnx.Cache(mdl.now[...])
+        mdl.now.set_value(mdl.now[...] + 1)
+        return carry, None
+
+    mdl = Memory()
+    nn.scan(step, {"cache": 0}, variable_carry="batch_stats")(mdl, 0.0)
+    assert_trees_equal(mdl.created[...], jnp.array([0.0, 1.0, 2.0]))
+    assert float(mdl.now[...]) == 3.0
+
+
+def test_a_variable_that_is_deleted_in_a_loop() -> None:
+    def step(mdl: Memory, carry: Any) -> Any:
+        del mdl.each
+        return carry, None
+
+    mdl = Memory()
+    nn.scan(step, {"cache": 0}, variable_carry="batch_stats")(mdl, 0.0)
+    assert not hasattr(mdl, "each")
+    assert float(mdl.offset[...]) == 7.0
