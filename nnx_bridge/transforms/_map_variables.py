@@ -1,5 +1,6 @@
 """`map_variables` and `add_metadata_axis`: a function sees other Variables than the module has."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from flax import nnx
 
 from lifted._errors import Path, key_of, path_text
 from nnx_bridge._collections import to_variables
-from nnx_bridge.functional import NNXUpdates, Old, Predicate, to_predicate
+from nnx_bridge.functional import NNXUpdates, Old, Predicate, Written, to_predicate
 from nnx_bridge.transforms._lifting import is_variable
 from nnx_bridge.transforms._linen_form import is_mapped, selected, with_values
 from nnx_bridge.transforms._metadata import axis_added, axis_removed
@@ -137,8 +138,9 @@ def _mapped_back(
     Raises:
       ValueError: a mapped Variable was written and is not mutable.
     """
-    entries, close = updates.written()
     seen = [dict(nnx.to_flat_state(view)) for view in views]
+    found, close = updates.written()
+    entries = [_with_views(entry, seen) for entry in found]
     # What the function has left of the Variables that it saw mapped: by target and path.
     left: list[dict[Any, Any]] = [{} for _ in views] if updates.graph.value else seen
     written: list[Path] = []
@@ -153,7 +155,7 @@ def _mapped_back(
             left[target][tuple(path)] = entry.leaf
             written.append(tuple(path))
     if not written:
-        return updates
+        return close([entry.leaf for entry in entries])
     if not mutable:
         raise ValueError(
             f"map_variables: {path_text(written[0])} is written, but the collections that are "
@@ -168,6 +170,18 @@ def _mapped_back(
             changed |= {(target, *path): leaf for path, leaf in nnx.to_flat_state(state)}
     new = close([changed.pop(entry.path, entry.leaf) for entry in entries])
     return new.replaced(changed)
+
+
+def _with_views(entry: Written, seen: list[dict[Any, Any]]) -> Written:
+    """What was written, with what the function saw where it put that into another Variable."""
+
+    def value(part: Any) -> Any:
+        if not isinstance(part, Old) or part.path == entry.before:
+            return part
+        view = seen[part.path[0]].get(part.path[1:])
+        return part if view is None else jax.tree.leaves(view)[part.number]
+
+    return dataclasses.replace(entry, leaf=jax.tree.map(value, entry.leaf))
 
 
 def add_metadata_axis(

@@ -62,6 +62,15 @@ def test_mapped_statistics_that_are_written() -> None:
     assert_trees_close(collections(mdl)["batch_stats"], variables["batch_stats"])
 
 
+def test_a_variable_that_is_created_from_a_mapped_one() -> None:
+    def create(mdl: Any) -> None:
+        mdl.copy = nnx.Cache(mdl.kernel[...])
+
+    mdl = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    nn.map_variables(create, "params", _doubled)(mdl)
+    assert_trees_close(mdl.copy[...], 2 * mdl.kernel[...])
+
+
 def test_a_map_inside_of_scanned_layers() -> None:
     def lift(package: Any, target: Any) -> Any:
         mapped = package.map_variables(target, "params", _doubled)
