@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from lifted import Functional
-from lifted._errors import describe, path_text
+from lifted._errors import describe, dtype_of, path_text
+from lifted._functional import Structure
 from lifted._nested import flat
 from nnx_bridge.transforms._targets import check_output, functionalized, with_targets
 
@@ -69,8 +70,10 @@ def custom_vjp(
         inner, target, rest = with_targets(fn, mdl, args)
         inner_forward, _, _ = with_targets(forward_fn, mdl, args)
         functional = functionalized("custom_vjp", target)
-        parts, structure = jax.tree.flatten(functional.variables)
-        treedef: Any = structure
+        parts, flat_structure = jax.tree.flatten(functional.variables)
+        treedef: Any = flat_structure
+        # The backward pass outlives the call, and must hold no array of the module.
+        structure, like = functional.structure, treedef.unflatten(list(map(_shape, parts)))
         chosen = jax.tree.leaves(functional.match(functional.variables, grad_vars))
 
         def merge(graded: Sequence[Any], others: Sequence[Any]) -> Any:
@@ -102,7 +105,7 @@ def custom_vjp(
                     f"{describe(result)}."
                 )
             t_variables, *t_args = result
-            cotangents = _cotangents(functional, t_variables)
+            cotangents = _cotangents(structure, like, t_variables)
             wanted = [c for c, is_graded in zip(cotangents, chosen, strict=True) if is_graded]
             return wanted, None, *t_args
 
@@ -117,15 +120,23 @@ def custom_vjp(
     return call
 
 
-def _cotangents(functional: Functional, given: Any) -> list[Any]:
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
+
+
+def _cotangents(structure: Structure, like: Any, given: Any) -> list[Any]:
     """A cotangent for each array of the variables, None for zero.
+
+    Args:
+      structure: of the targets.
+      like: variables of the targets, without their arrays.
+      given: the cotangents, in any form.
 
     Raises:
       ValueError: one is of no Variable.
     """
-    structure = functional.structure
-    (per_target,) = structure.split(functional.variables)
-    by_target = structure.as_variables(given, functional.variables)
+    (per_target,) = structure.split(like)
+    by_target = structure.as_variables(given, like)
     trees = [None] * len(per_target) if by_target is None else structure.split(by_target)[0]
     found: list[Any] = []
     for variables, tree in zip(per_target, trees, strict=True):
