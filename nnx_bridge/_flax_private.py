@@ -111,8 +111,3 @@ def is_captured(path: Sequence[Any]) -> bool:
 def shown_attribute(name: str, value: Any) -> Any:
     """What ``__nnx_repr__`` yields for an attribute of an NNX object."""
     return reprlib.Attr(name, value)
-
-
-def is_capture(path: Sequence[Any]) -> bool:
-    """Whether ``path`` leads to what a capture context records."""
-    return _CAPTURES in path

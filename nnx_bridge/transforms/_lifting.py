@@ -96,7 +96,7 @@ class Lifting:
         found = []
         for path, leaf in self.leaves:
             where = self.into(path, leaf)
-            if isinstance(where, int) and not _flax_private.is_capture(path):
+            if isinstance(where, int) and not _flax_private.is_captured(path):
                 parts = jax.tree.leaves(leaf)
                 found += [(path[1:], axis_size(path[1:], x, where)) for x in parts]
         return found
@@ -250,14 +250,14 @@ class Step:
                 continue
             where = plan.out(path, entry.leaf, into)
             if where is Kept.NOWHERE:
-                if not _flax_private.is_capture(path):
+                if not _flax_private.is_captured(path):
                     raise ValueError(plan.unmapped(path, entry.leaf, "written"))
                 leaves.append(_dropped(path, entry.leaf, start, old))
                 continue
             same = old is not None and old.num_leaves == len(parts)
             own = range(start, start + old.num_leaves) if old is not None else range(0)
             # What was recorded before may be in another place now.
-            moves = isinstance(where, int) and _flax_private.is_capture(path)
+            moves = isinstance(where, int) and _flax_private.is_captured(path)
             sources: list[Any] = []
             for i, part in enumerate(parts):
                 number = numbers.get(id(part))
@@ -299,7 +299,7 @@ class Step:
 
 def _fitting(path: Path, where: Where, parts: Sequence[Any], size: int | None) -> Where:
     """``where``; but what was recorded outside of the lifted call has no axis."""
-    if not isinstance(where, int) or not _flax_private.is_capture(path):
+    if not isinstance(where, int) or not _flax_private.is_captured(path):
         return where
     fits = all(-np.ndim(x) <= where < np.ndim(x) and np.shape(x)[where] == size for x in parts)
     return where if fits else Kept.BROADCAST

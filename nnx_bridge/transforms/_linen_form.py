@@ -26,7 +26,7 @@ def is_mapped(path: Path, leaf: Any, matches: Predicate) -> bool:
     return (
         isinstance(leaf, nnx.Variable)
         and not isinstance(leaf, nnx.RngState)
-        and not _flax_private.is_capture(path)
+        and not _flax_private.is_captured(path)
         and matches(path, leaf)
     )
 
@@ -95,10 +95,6 @@ def data_transformed(
     """
     (states,) = functional.structure.split(variables)
     groups = [
-        [
-            selected(state, lambda *entry, rule=rule: plan.rule_into(*entry) is rule)
-            for state in states
-        ]
         [selected(state, functools.partial(_follows, plan, rule)) for state in states]
         for rule in plan.rules
     ]

@@ -171,7 +171,7 @@ class Plan:
         if isinstance(leaf, nnx.RngState):
             return self._into_stream(path, leaf)
         rule = self.rule_into(path, leaf)
-        if rule is None and _flax_private.is_capture(path):
+        if rule is None and _flax_private.is_captured(path):
             return Kept.BROADCAST  # What is recorded inside without a rule is dropped.
         return Kept.NOWHERE if rule is None else rule.into
 

@@ -202,5 +202,5 @@ def test_what_is_captured_is_told_from_other_variables_by_its_path() -> None:
     mdl = models.make(models.MLP)
     with _flax_private.captures(mdl.first, [nnx.Intermediate({"y": jnp.ones(2)})]):
         _, paths, leaves, _ = _flax_private.flatten(mdl)
-    captured = [x for path, x in zip(paths, leaves, strict=True) if _flax_private.is_capture(path)]
+    captured = [x for path, x in zip(paths, leaves, strict=True) if _flax_private.is_captured(path)]
     assert [type(x) for x in captured] == [nnx.Intermediate]
