@@ -42,7 +42,7 @@ class _Outer(nn.Module):
         return self.call(LinenEncoder(name="encoder"), x)
 
 
-def _traced(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+def traced(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """Traces ``fn`` anew at each call; JAX remembers programs by the function object."""
 
     def trace() -> None:
@@ -74,9 +74,9 @@ def _linen(transform: str) -> dict[str, Callable[[], Any]]:
             "lifted on Linen": lambda mdl, x: lifted.grad(_total, mdl, x),
             "flax.linen": lambda mdl, x: nn.grad(_total, mdl, x),
         }
-    contestants = {"raw JAX, Linen": _traced(raw, variables, x)}
+    contestants = {"raw JAX, Linen": traced(raw, variables, x)}
     for name, call in calls.items():
-        contestants[name] = _traced(_Outer(call).apply, wrapped, x)
+        contestants[name] = traced(_Outer(call).apply, wrapped, x)
     return contestants
 
 
@@ -95,7 +95,7 @@ def _nnx(transform: str) -> dict[str, Callable[[], Any]]:
         return jax.grad(lambda x: apply(x).sum())(x)
 
     def with_module(call: Callable[[Any, jax.Array], Any]) -> Callable[[], Any]:
-        return _traced(lambda state, x: call(nnx.merge(graphdef, state), x), state, x)
+        return traced(lambda state, x: call(nnx.merge(graphdef, state), x), state, x)
 
     contestants = {"raw JAX, NNX": with_module(raw)}
     if transform == "jvp":
@@ -127,8 +127,8 @@ def _equinox(transform: str) -> dict[str, Callable[[], Any]]:
         return eqx.filter_grad(lambda x: mdl(x).sum())(x)
 
     return {
-        "raw JAX, Equinox": _traced(raw, params, x),
-        "equinox.filter_*": _traced(filtered, params, x),
+        "raw JAX, Equinox": traced(raw, params, x),
+        "equinox.filter_*": traced(filtered, params, x),
     }
 
 

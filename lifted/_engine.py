@@ -54,7 +54,7 @@ class Call:
             primals.
         """
         functional = functionalize(mdl, variables=variables, frozen=frozen, rngs=rngs)
-        fn = _unbound(name, fn, mdl)
+        fn = unbound(name, fn, mdl)
         for i, primal in enumerate(primals):
             if any(map(is_target, leaves(primal))):
                 raise TypeError(
@@ -228,7 +228,7 @@ def check_selects(call: Call, selected: Filter, argument: str) -> Callable[[Vari
     return check
 
 
-def _unbound(name: str, fn: Any, mdl: Any) -> Callable[..., Any]:
+def unbound(name: str, fn: Any, mdl: Any) -> Callable[..., Any]:
     """``fn`` as a function whose first argument is the target."""
     if isinstance(fn, type):
         raise TypeError(

@@ -13,7 +13,7 @@ What differs between kinds of targets is in their groups; see `lifted._group`.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,28 +102,40 @@ class Functional:
         self.initializing = any(group.initializing for group in self._groups)
 
     def __call__(
-        self, variables: Variables, fn: Callable[..., Any], *args: Any
+        self, variables: Variables, fn: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, list[Updates]]:
-        """``fn(mdl, *args)`` with ``variables`` in the target.
+        """``fn(mdl, *args, **kwargs)`` with ``variables`` in the target.
 
         Args:
           variables: pytree of the structure of ``self.variables``.
           fn: function of the target and ``args``.
           *args: anything that ``fn`` takes.
+          **kwargs: the same by keyword.
 
         Returns:
           ``(y, updates)``: the result of ``fn`` and what it wrote, for `publish`. The target itself
           is not touched.
         """
+        with self.opened(variables) as (mdl, written):
+            y = fn(mdl, *args, **kwargs)
+            return y, written()
+
+    @contextlib.contextmanager
+    def opened(self, variables: Variables) -> Iterator[tuple[Any, Callable[[], list[Updates]]]]:
+        """A context with a copy of the target that holds ``variables``, and a function that tells
+        what was written to it. Neither outlives it.
+
+        What `__call__` does, without the frame of a function around ``fn``: for every equation JAX
+        walks the Python stack.
+        """
         split = self.structure.split(variables)
-        # Contexts, not functions that call ``fn``: for every equation JAX walks the Python stack.
         with contextlib.ExitStack() as stack:
             opened = [
                 stack.enter_context(group.opened(part))
                 for group, part in zip(self._groups, split, strict=True)
             ]
-            y = fn(self.structure.join(copies for copies, _ in opened), *args)
-            return y, [written() for _, written in opened]
+            copies = self.structure.join(copies for copies, _ in opened)
+            yield copies, lambda: [written() for _, written in opened]
 
     def publish(self, updates: list[Updates]) -> None:
         """Writes what `__call__` returned as ``updates`` to the target."""

@@ -15,7 +15,7 @@ A dict without any value in it (`{'params': {}}`) stands for nothing and does no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ Variables = Mapping[str, Any]
 Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 
 # Metadata by which a Variable remembers what it was in Linen.
-_BOX = "linen_box"
+BOX = "linen_box"
 _NAME = "linen_name"
 
 
@@ -103,7 +103,7 @@ def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
         # What the box holds besides its one value would have to be metadata, which must not hold
         # arrays: such a box is kept whole.
         return kind(value)
-    metadata = {_BOX: box}
+    metadata = {BOX: box}
     if isinstance(value, nn.Partitioned):
         metadata["out_sharding"] = value.names
     return kind(leaves[0], **metadata, eager_sharding=False)
@@ -132,14 +132,21 @@ def _boxed(variable: nnx.Variable[Any], metadata: dict[str, Any]) -> Any:
         metadata.pop(key, None)
     if not metadata:
         return value
-    if _BOX not in metadata:
+    if BOX not in metadata:
         return nnx.bridge.NNXMeta(type(variable), value, metadata)
-    box = jax.tree.unflatten(metadata[_BOX], [value])
+    box = jax.tree.unflatten(metadata[BOX], [value])
     names = metadata.get("out_sharding")
     if isinstance(box, nn.Partitioned) and names is not None and box.names != names:
         # NNX's transforms have added or removed an axis since the box was opened.
         return box.replace(names=tuple(names))
     return box
+
+
+def with_box(variable: nnx.Variable[Any], change: Callable[[Any], Any]) -> nnx.Variable[Any]:
+    """The Variable, which remembers its box as ``change`` makes it of that; in place."""
+    box = jax.tree.unflatten(variable.get_metadata(BOX), [variable.get_raw_value()])
+    variable.set_metadata(BOX, jax.tree.structure(change(box)))
+    return variable
 
 
 def set_variable(variable: nnx.Variable[Any], value: Any) -> None:

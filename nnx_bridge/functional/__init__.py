@@ -1,5 +1,6 @@
 """The functionaliser of NNX: modules as pure functions of their Variables."""
 
-from nnx_bridge.functional._group import NNXGroup
+from nnx_bridge.functional._filters import Predicate, to_predicate
+from nnx_bridge.functional._group import NNXGroup, NNXUpdates, Old, Written
 
-__all__ = ["NNXGroup"]
+__all__ = ["NNXGroup", "NNXUpdates", "Old", "Predicate", "Written", "to_predicate"]

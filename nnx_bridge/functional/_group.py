@@ -22,7 +22,7 @@ from flax.core import DenyList
 from flax.core.scope import in_filter
 from flax.errors import TraceContextError
 
-from lifted._errors import Path
+from lifted._errors import Path, key_of
 from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
@@ -41,6 +41,61 @@ from nnx_bridge.functional._storage import (
 from nnx_bridge.functional._tangents import as_state, visible_for
 
 
+@dataclasses.dataclass(frozen=True)
+class Old:
+    """Stands for an array that a call was given.
+
+    Attributes:
+      place: its number among the inputs.
+      path: of the Variable that it was in.
+      number: its number in that Variable.
+    """
+
+    place: int
+    path: Path
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A Variable, or a bare array of a module, as a call left it.
+
+    Attributes:
+      path: where it is, first the number of the target.
+      leaf: the Variable, or the bare array; in it an `Old` for each array that is as before.
+      before: None for what is new; otherwise its path before the call.
+    """
+
+    path: Path
+    leaf: Any
+    before: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A graph that a call has changed.
+
+    Attributes:
+      definition: of the new graph.
+      treedef: structure of the list of its leaves.
+      sources: for each part of its leaves the input that it is, or None for the next of
+        `NNXUpdates.leaves`.
+      paths: of its leaves.
+      before: for each of its leaves the path that it had before the call, None for a new one.
+      elsewhere: of its leaves those that are Variables of the caller that are no plain ones: the
+        number of the leaf, and that of the Variable among the leaves of the targets.
+      created: numbers of its leaves that hold an array reference made by the call.
+    """
+
+    definition: Any
+    treedef: Any
+    sources: list[Old | None]
+    paths: list[Path]
+    before: list[Path | None]
+    elsewhere: list[tuple[int, int]]
+    created: list[int]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NNXUpdates:
@@ -49,13 +104,56 @@ class NNXUpdates:
     Attributes:
       changed: for each target the Variables that are new or have a new value, by path.
       leaves: where the graph changed, what its leaves hold that was not there before.
-      graph: where the graph changed, its new definition, and for each part of its leaves the place
-        of that part among the inputs, or None for the next of ``leaves``.
+      graph: where the graph changed, the new `Graph`.
     """
 
     changed: list[nnx.State]
     leaves: list[Any]
     graph: Static
+
+    def written(self) -> tuple[list[Written], Callable[[list[Any]], "NNXUpdates"]]:
+        """What `publish` would write, leaf by leaf, and a function that makes updates of such
+        leaves again, with other values or metadata."""
+        static = self.graph
+        graph: Graph | None = static.value
+        if graph is None:
+            found, treedef = jax.tree_util.tree_flatten_with_path(self.changed, is_leaf=_is_leaf)
+            restored: Any = treedef
+            paths = [tuple(map(key_of, path)) for path, _ in found]
+            entries = [Written(p, leaf, p) for p, (_, leaf) in zip(paths, found, strict=True)]
+            return entries, lambda new: NNXUpdates(restored.unflatten(new), [], static)
+        values = iter(self.leaves)
+        parts = [next(values) if source is None else source for source in graph.sources]
+        both = zip(graph.paths, graph.treedef.unflatten(parts), graph.before, strict=True)
+
+        def close(new: list[Any]) -> NNXUpdates:
+            parts, treedef = jax.tree.flatten(new)
+            sources = [part if isinstance(part, Old) else None for part in parts]
+            fresh = [part for part in parts if not isinstance(part, Old)]
+            changed = dataclasses.replace(graph, treedef=treedef, sources=sources)
+            return NNXUpdates([], fresh, Static(changed))
+
+        return [Written(*entry) for entry in both], close
+
+    @staticmethod
+    def nothing(targets: int) -> "NNXUpdates":
+        """The updates of a call that wrote nothing."""
+        return NNXUpdates([nnx.State({}) for _ in range(targets)], [], Static(None))
+
+    def replaced(self, leaves: Mapping[Path, Any]) -> "NNXUpdates":
+        """These updates, but that the Variables that were at some paths before become ``leaves``,
+        whether the call wrote them or not."""
+        if self.graph.value is not None:
+            entries, close = self.written()
+            return close([leaves.get(entry.before or (), entry.leaf) for entry in entries])
+        changed = list(self.changed)
+        for (target, *path), leaf in leaves.items():
+            if path:
+                flat_state = dict(nnx.to_flat_state(changed[target])) | {tuple(path): leaf}
+                changed[target] = nnx.from_flat_state(list(flat_state.items()))
+            else:
+                changed[target] = leaf
+        return NNXUpdates(changed, [], self.graph)
 
 
 class NNXGroup:
@@ -125,21 +223,21 @@ class NNXGroup:
             for _, original, variable in changed:
                 write(original, variable)
             return
-        graphdef, treedef, sources, elsewhere, created = updates.graph.value
+        graph: Graph = updates.graph.value
         old, new = jax.tree.leaves(self._leaves), iter(updates.leaves)
-        values = [next(new) if source is None else old[source] for source in sources]
-        leaves = treedef.unflatten(values)
+        values = [next(new) if source is None else old[source.place] for source in graph.sources]
+        leaves = graph.treedef.unflatten(values)
         contents = []
-        for place, i in elsewhere:
+        for place, i in graph.elsewhere:
             original, variable = self._originals[i], leaves[place]
             leaves[place] = original
             if not _unchanged(self._leaves[i], variable):
                 check_writable(self._paths[i][1:], original)
                 contents.append((original, variable))
-        for place in created:
+        for place in graph.created:
             leaves[place] = leaves[place].copy(ref=True)
         as_they_are = [self._originals[i] for i in self._elsewhere]
-        _flax_private.update_graph(graphdef, leaves, self._indices, as_they_are)
+        _flax_private.update_graph(graph.definition, leaves, self._indices, as_they_are)
         for original, variable in contents:
             write(original, variable)
 
@@ -187,16 +285,27 @@ class NNXGroup:
         """The updates where the graph has changed."""
         _, paths, held, _ = _flax_private.flatten(copies)
         after = list(map(plain, held))
-        places = {id(part): i for i, part in enumerate(jax.tree.leaves(before))}
+        given: dict[int, Old] = {}
+        place = 0
+        for path, leaf in zip(self._paths, before, strict=True):
+            for number, part in enumerate(jax.tree.leaves(leaf)):
+                given[id(part)] = Old(place, path, number)
+                place += 1
         parts, treedef = jax.tree.flatten(after)
-        sources = [places.get(id(part)) for part in parts]
+        sources = [given.get(id(part)) for part in parts]
         new = [part for part, source in zip(parts, sources, strict=True) if source is None]
+        origins = {id(leaf): path for leaf, path in zip(fresh, self._paths, strict=True)}
         # Variables that are no plain ones, among those that were there and among those made here.
         there = {id(fresh[i]): i for i in self._elsewhere}
-        elsewhere = [(k, there[id(x)]) for k, x in enumerate(held) if id(x) in there]
-        created = [k for k, x in enumerate(held) if holds_reference(x)]
-        definition = _flax_private.flatten_copy(copies, indices)
-        graph = (definition, treedef, sources, elsewhere, created)
+        graph = Graph(
+            _flax_private.flatten_copy(copies, indices),
+            treedef,
+            sources,
+            paths,
+            [origins.get(id(x)) for x in held],
+            [(k, there[id(x)]) for k, x in enumerate(held) if id(x) in there],
+            [k for k, x in enumerate(held) if holds_reference(x)],
+        )
         return NNXUpdates(self._changed(before, paths, after), new, Static(graph))
 
     def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:
@@ -276,6 +385,10 @@ def _unchanged(before: Any, after: Any) -> bool:
         if same_value and before.get_metadata() == after.get_metadata():
             return True
     return identical(before, after)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _filled(tree: Any, value: Any) -> Any:

@@ -196,3 +196,11 @@ def test_captures_of_lists_stand_nowhere_but_among_the_items() -> None:
     found, _ = nnx.capture(paths, nnx.Intermediate)(models.make(models.Encoder))
     assert {path[:2] for path in found} <= {("blocks", "__captures__")}
     assert not paths(models.make(models.Encoder))
+
+
+def test_what_is_captured_is_told_from_other_variables_by_its_path() -> None:
+    mdl = models.make(models.MLP)
+    with _flax_private.captures(mdl.first, [nnx.Intermediate({"y": jnp.ones(2)})]):
+        _, paths, leaves, _ = _flax_private.flatten(mdl)
+    captured = [x for path, x in zip(paths, leaves, strict=True) if _flax_private.is_captured(path)]
+    assert [type(x) for x in captured] == [nnx.Intermediate]
