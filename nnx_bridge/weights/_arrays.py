@@ -19,7 +19,7 @@ from lifted._errors import is_array
 def compute(function: Callable[..., list[Any]], values: Sequence[Any]) -> list[Any]:
     """`function(xp, values)`, with NumPy for `xp` where all values are NumPy's, otherwise JAX's.
 
-    Of `jax.ShapeDtypeStruct`s the result is described, and nothing computed.
+    Of `jax.ShapeDtypeStruct` the result is described, and nothing computed.
     """
     if any(isinstance(value, jax.ShapeDtypeStruct) for value in values):
         shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]

@@ -40,12 +40,12 @@ def match(
     structure, such as the moments of an optimizer.
 
     Args:
-      variables: Linen variables, boxed or not; arrays or `jax.ShapeDtypeStruct`s.
+      variables: Linen variables, boxed or not; arrays or `jax.ShapeDtypeStruct`.
       model: The NNX model, an abstract one (`nnx.eval_shape`), or its state. Of a state the classes
         of its modules are not known, and neither are their layouts.
-      rules: `Rule`s, tuples of their fields `(linen, nnx)` or `(linen, nnx, layout)`, or functions
-        from a path in Linen to one in NNX (or None). The first that applies to a path wins, over
-        all other evidence.
+      rules: `Rule` objects, tuples of their fields `(linen, nnx)` or `(linen, nnx, layout)`, or
+        functions from a path in Linen to one in NNX (or None). The first that applies to a path
+        wins, over all other evidence.
       calls: Two functions that call the models on equal inputs: of the Linen variables, and of the
         NNX model. They are traced, not run, and tell the order in which weights are used.
       stack_axis: The axis along which layers are stacked (`variable_axes` of `nn.scan`, `out_axes`

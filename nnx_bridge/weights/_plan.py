@@ -83,7 +83,7 @@ class Plan:
         """Converts a tree of the structure of the Linen variables.
 
         That may be the variables, or moments of an optimizer (`{"params": mu}`), NumPy arrays,
-        `jax.ShapeDtypeStruct`s, or anything else in the place of arrays that are only copied. Boxes
+        `jax.ShapeDtypeStruct`, or anything else in the place of arrays that are only copied. Boxes
         are opened. What has no array at its leaves, such as `optax.MaskedNode()`, is kept.
 
         Args:

@@ -51,8 +51,8 @@ def register_layout(
         speak for `nnx_cls`.
       nnx_cls: Its NNX twin.
       parts: Where the arrays lie differently: a function from the paths of the twin's own arrays,
-        with their shapes and dtypes, to `Part`s. Arrays that are in no part have the same path on
-        both sides. It is asked for each instance, so that it need not know their options.
+        with their shapes and dtypes, to `Part` objects. Arrays that are in no part have the same
+        path on both sides. It is asked for each instance, so that it need not know their options.
 
     Example:
         >>> class Halves(nn.Module):

@@ -97,7 +97,7 @@ class Rule:
 
 
 def to_rules(rules: Iterable[Any]) -> list[Rule]:
-    """Rules from `Rule`s, tuples of their fields, and functions.
+    """Rules from `Rule` objects, tuples of their fields, and functions.
 
     Raises:
       TypeError: Something is none of these.
