@@ -65,3 +65,12 @@ def test_a_classifier_of_digits_goes_on_in_nnx_as_it_would_have_in_linen(tmp_pat
     page = digits_migration.main(tmp_path, before=1, after=1).read_text(encoding="utf-8")
     assert page.count("<td>0</td>") == 3
     assert "all agree" in page
+
+
+def test_a_resnet_moved_block_by_block_learns_as_the_one_that_stays() -> None:
+    from examples import resnet_block_by_block
+
+    losses = resnet_block_by_block.main(steps=2)
+    assert len(losses) == resnet_block_by_block.BLOCKS + 1
+    assert all(abs(moved - stays) < 1e-5 for moved, stays in losses)
+    assert losses[-1][0] < losses[0][0]
