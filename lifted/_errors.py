@@ -35,8 +35,9 @@ def is_array(x: Any) -> bool:
     """Whether JAX takes ``x`` for an array or a scalar."""
     if isinstance(x, (bool, int, float, complex)):
         return True
-    # Objects, strings, dates and times are arrays of NumPy only.
-    return hasattr(x, "dtype") and getattr(x.dtype, "kind", None) not in tuple("OSUMm")
+    # Layers have a dtype too. Objects, strings, dates and times are arrays of NumPy only.
+    has_both = hasattr(x, "dtype") and hasattr(x, "shape")
+    return has_both and getattr(x.dtype, "kind", None) not in tuple("OSUMm")
 
 
 def dtype_of(x: Any) -> Any:

@@ -75,7 +75,16 @@ class Target(Leaf):
 
 
 def linen_values(variables: Variables) -> Iterator[tuple[Path, Any]]:
-    """The values of Linen variables by path, boxed as they are, without what is no weight."""
+    """The values of Linen variables by path, boxed as they are, without what is no weight.
+
+    Raises:
+      TypeError: They are not nested by collection.
+    """
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "variables must be nested dicts by collection, as module.init returns them; got "
+            f"{describe(variables)}"
+        )
     weights = {c: tree for c, tree in variables.items() if c not in NOT_WEIGHTS}
     yield from flatten(weights)
 

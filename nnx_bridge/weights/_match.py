@@ -75,6 +75,11 @@ def match(
     """
     if not isinstance(model, nnx.Module | nnx.State):
         raise TypeError(f"expected an NNX module or its state, got {describe(model)}")
+    if calls is not None and (not isinstance(calls, Sequence) or len(calls) != 2):
+        raise TypeError(
+            "calls are two functions, one of the Linen variables and one of the NNX model; got "
+            f"{describe(calls)}"
+        )
     ours = linen_leaves(variables)
     theirs, ignored = nnx_leaves(model, {leaf.collection for leaf in ours})
     classes = module_classes(model)

@@ -71,9 +71,18 @@ class Plan:
         """Raises WeightsError with all `problems`, if there are any."""
         if self.problems:
             texts = listed((problem.text for problem in self.problems), len(self.problems))
-            raise WeightsError(
-                f"the plan cannot be applied, {len(self.problems)} problem(s):{texts}"
-            )
+            heading = f"the plan cannot be applied, {len(self.problems)} problem(s):"
+            raise WeightsError(f"{heading}{texts}{self._without_collection()}")
+
+    def _without_collection(self) -> str:
+        """A line that says so, where Linen's side are parameters alone."""
+        ours = {leaf.collection for leaf in self.linen}
+        if not ours or ours & {"params", *(target.collection for target in self.nnx)}:
+            return ""
+        return (
+            f"\nThe Linen variables have no collection that the model knows, but "
+            f"{', '.join(sorted(ours)[:8])}: parameters alone are written {{'params': parameters}}."
+        )
 
     def replace(self, **changes: Any) -> Plan:
         """The plan with other fields, such as `rows`."""

@@ -247,3 +247,22 @@ def test_very_many_problems_are_not_all_listed() -> None:
     weights = variables({f"params/a{i}x/w": (i + 1,) for i in range(200)})
     with pytest.raises(WeightsError, match=r"200 problem\(s\):[\s\S]*\.\.\. and 160 more$"):
         load(Holder(), weights)
+
+
+def test_parameters_without_their_collection_are_known_as_such() -> None:
+    refused(
+        r"no collection that the model knows, but Dense_0, Dense_1: .*written {'params': param",
+        WEIGHTS["params"],
+    )
+
+
+def test_arguments_of_other_types() -> None:
+    bad: Any
+    for bad in (None, [WEIGHTS]):
+        with pytest.raises(TypeError, match="variables must be nested dicts by collection"):
+            load(Native(), bad)
+    with pytest.raises(TypeError, match="expected an NNX module, got Dense"):
+        load(nn.Dense(4), WEIGHTS)  # type: ignore[arg-type]
+    for bad in (CALLS[1], CALLS[:1]):
+        with pytest.raises(TypeError, match="calls are two functions"):
+            load(Native(), WEIGHTS, calls=bad)
