@@ -117,6 +117,10 @@ def find(rows: Iterable[Difference], linen: str | type) -> Difference | None:
     known = {row.linen: row for row in rows if row.holds_for(flax.__version__)}
     if isinstance(linen, str):
         return known.get(linen)
+    if not isinstance(linen, type):
+        raise TypeError(
+            f"expected a name of flax.linen or a class, got an instance of {type(linen).__name__}"
+        )
     for base in linen.__mro__:
         name = base.__name__
         if base is not nn.Module and getattr(nn, name, None) is base and name in known:

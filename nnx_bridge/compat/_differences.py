@@ -331,6 +331,7 @@ def difference(linen: str | type) -> Difference:
 
     Raises:
       KeyError: There is no row for it.
+      TypeError: ``linen`` is neither a name nor a class.
 
     Example:
         >>> difference("GRUCell").verdict, difference("GRUCell").compat

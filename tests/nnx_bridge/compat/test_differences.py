@@ -376,3 +376,8 @@ def test_the_guide_has_the_table(kind: Any) -> None:
     guide = Path(__file__).parents[3] / "docs" / "differences.md"
     # Write it anew with: python -m nnx_bridge.compat._markdown
     assert markdown(kind) in guide.read_text("utf-8")
+
+
+def test_a_layer_instead_of_its_class_is_an_error() -> None:
+    with pytest.raises(TypeError, match="a class, got an instance of GRUCell"):
+        compat.difference(nn.GRUCell(3))  # type: ignore[arg-type]
