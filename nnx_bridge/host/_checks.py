@@ -85,6 +85,8 @@ def differences(
     optional = {"intermediates", "perturbations", "cache"}
     missing = [p for p in expected.keys() - found.keys() if p[0] not in optional]
     extra = [p for p in found.keys() - expected.keys() if p[0] not in optional]
+    if extra and all(("params", *path) in missing for path in extra):
+        return ["  these are parameters without their collection: write {'params': parameters}"]
     lines = _listed("missing", missing, extra) + _listed("not of this module", extra, missing)
     for path in sorted(expected.keys() & found.keys()):
         want, have = jnp.shape(expected[path]), jnp.shape(found[path])

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter
 
+from lifted._errors import describe, path_text
 from nnx_bridge._collections import Variables
 from nnx_bridge.host._calls import Keys, Method, draw
 from nnx_bridge.host._checks import differences, not_finite
@@ -45,10 +45,10 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
       module: The Linen module, not bound. Its program is what is run.
       variables: Its variables, as `module.init` returns them; boxed (`nn.Partitioned`) or not. No
         mesh is needed for boxed ones.
-      rngs: The streams that calls take their keys from: `nnx.Rngs` (shared, not forked), or a key
-        for each stream. The n-th call, counted from 0, equals `module.apply(..., rngs={name:
-        jax.random.fold_in(key, n)})`. The stream `default` serves as Linen's `params`, to which
-        Linen falls back.
+      rngs: The streams that calls take their keys from: `nnx.Rngs` (shared, not forked), a key for
+        each stream, or one key, which is that of the stream `params`. The n-th call, counted from
+        0, equals `module.apply(..., rngs={name: jax.random.fold_in(key, n)})`. The stream `default`
+        serves as Linen's `params`, to which Linen falls back.
       mutable: The collections that a call may change, as for `module.apply`. By default, every one
         the model has but `params`, `perturbations` and `intermediates`, so statistics and caches
         update by themselves.
@@ -78,17 +78,22 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         module: nn.Module,
         variables: Variables,
         *,
-        rngs: nnx.Rngs | Mapping[str, jax.Array] | None = None,
+        rngs: Keys | nnx.Rngs | None = None,
         mutable: CollectionFilter | None = None,
         training: Mapping[str, bool] | None = None,
         _layout: Layout | None = None,
     ) -> None:
-        layout = (
-            Layout.of_setup(check_linen_module(module), variables) if _layout is None else _layout
-        )
+        check_linen_module(module)
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                "variables must be nested dicts by collection, as module.init returns them; got "
+                f"{describe(variables)}"
+            )
+        layout = Layout.of_setup(module, variables) if _layout is None else _layout
         put(self, "_linen", Place(Program(module, mutable, training, layout), ()))
-        streams = rngs if rngs is None or isinstance(rngs, nnx.Rngs) else nnx.Rngs(**rngs)
-        put(self, "_linen_rngs", streams)
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            rngs = nnx.Rngs(**(rngs if isinstance(rngs, Mapping) else {"params": rngs}))
+        put(self, "_linen_rngs", rngs)
         for path in sorted(layout.submodules, key=len):
             node_at(self, path)
         fill(self, variables)
@@ -132,9 +137,8 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         layout = Layout()
         with layout.watching():
             variables = module.init(keys, *args, method=method, **kwargs)
-        streams = rngs if isinstance(rngs, nnx.Rngs | Mapping) else {"params": rngs}
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
-        return cls(module, variables, rngs=streams, **options)
+        return cls(module, variables, rngs=rngs, **options)
 
 
 def check_linen_module(module: Any) -> nn.Module:
@@ -156,6 +160,21 @@ def check_linen_module(module: Any) -> nn.Module:
     )
 
 
+def host_program(model: Any) -> Program:
+    """The program of a host.
+
+    Raises:
+      TypeError: It is none, or a node of one.
+    """
+    if isinstance(model, Host):
+        program: Program = slots(model)["_linen"].program
+        return program
+    found = describe(model)
+    if isinstance(model, Node):
+        found = f"its node {path_text(slots(model)['_linen'].path)} ({found})"
+    raise TypeError(f"expected an nnx_bridge.Host, got {found}")
+
+
 def check_variables(
     model: Host, *args: Any, method: Method = None, finite: bool = True, **kwargs: Any
 ) -> None:
@@ -172,6 +191,7 @@ def check_variables(
       **kwargs: Sample inputs by keyword.
 
     Raises:
+      TypeError: ``model`` is no host, or a node of one.
       ValueError: Variables are missing, belong to another module, have another shape, or are not
         finite; each is named.
 
@@ -179,8 +199,8 @@ def check_variables(
         >>> module, x = nn.Dense(3), jax.numpy.ones((2, 4))
         >>> check_variables(Host.init(module, jax.random.key(0), x), x)
     """
-    found = contents(model)
-    variables, module = found.read(), slots(model)["_linen"].program.module
+    module, found = host_program(model).module, contents(model)
+    variables = found.read()
     native = frozenset(found.replacements)
     lines = differences(module, variables, args, kwargs, method, native)
     lines += not_finite(variables) if finite else []

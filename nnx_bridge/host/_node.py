@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter
 
-from lifted._errors import path_text, suggestion
+from lifted._errors import describe, path_text, suggestion
 from nnx_bridge import _flax_private
 from nnx_bridge.host._calls import Call, Keys, Method, call, method_of
 from nnx_bridge.host._modes import find_mode
@@ -178,6 +178,7 @@ class Node(Level, metaclass=NodeType):
                 "which is fixed: host a module that is made with another value"
             )
         else:
+            check_value(self, name, value)
             put(self, name, value)
 
     def __nnx_repr__(self) -> Iterator[Any]:
@@ -265,6 +266,29 @@ def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
                 f"{path_text(below)}: the model calls its method {method!r}, which its "
                 f"replacement {type(value).__name__} does not have"
             )
+
+
+def check_value(node: Level, name: str, value: Any) -> None:
+    """Checks that what is no NNX module may stand in an attribute: what Linen reads may not go.
+
+    Raises:
+      TypeError: There is a submodule, or a Variable where ``value`` is none.
+    """
+    place: Place = slots(node)["_linen"]
+    held = slots(node).get(name)
+    path = path_text((*place.path, unescaped(name)))
+    got = describe(value)
+    if isinstance(held, nnx.Module) or unescaped(name) in place.program.layout.children(place.path):
+        hint = "; host it first: Host.init(module, rngs, *inputs)"
+        raise TypeError(
+            f"{path}: only an NNX module replaces a submodule, got {got}"
+            f"{hint if isinstance(value, nn.Module) else ''}"
+        )
+    if isinstance(held, nnx.Variable) and not isinstance(value, nnx.Variable):
+        raise TypeError(
+            f"{path} is a Variable, which {got} would remove; write its value, .{name}[...] = ..., "
+            f"or assign a {type(held).__name__}"
+        )
 
 
 def _names(node: Level) -> list[str]:

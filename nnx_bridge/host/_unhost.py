@@ -13,12 +13,11 @@ from flax import linen as nn
 from flax import nnx
 
 from nnx_bridge._collections import Path
-from nnx_bridge.host._host import Host
+from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._layout import Layout, path_of
-from nnx_bridge.host._program import Program
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
-from nnx_bridge.host._tree import contents, slots
+from nnx_bridge.host._tree import contents
 
 
 def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
@@ -35,6 +34,9 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     Returns:
       A Linen module that is not bound, and its variables.
 
+    Raises:
+      TypeError: ``model`` is no host, or a node of one.
+
     Example:
         >>> import jax
         >>> x = jax.numpy.ones((2, 4))
@@ -42,7 +44,7 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
         >>> module.apply(variables, x).shape
         (2, 3)
     """
-    program: Program = slots(model)["_linen"].program
+    program = host_program(model)
     found = contents(model)
     module = program.module
     if found.replacements:
