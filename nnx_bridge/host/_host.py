@@ -60,7 +60,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
       TypeError: `module` is no Linen module, or `variables` are not nested by collection.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> module, x = nn.Dense(3), jnp.ones((2, 4))
         >>> model = Host(module, module.init(jax.random.key(0), x))
         >>> model.kernel.shape, model.features, model(x).shape
@@ -128,6 +128,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
           TypeError: `module` is no Linen module.
 
         Example:
+            >>> import jax
             >>> x = jax.numpy.ones((2, 4))
             >>> Host.init(nn.Dense(3), jax.random.key(0), x).bias.shape
             (3,)
@@ -196,6 +197,7 @@ def check_variables(
         finite; each is named.
 
     Example:
+        >>> import jax
         >>> module, x = nn.Dense(3), jax.numpy.ones((2, 4))
         >>> check_variables(Host.init(module, jax.random.key(0), x), x)
     """
