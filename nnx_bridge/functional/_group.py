@@ -12,16 +12,18 @@ targets hold belongs to the first.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.core import DenyList
 from flax.core.scope import in_filter
 from flax.errors import TraceContextError
 
-from lifted._errors import Path
+from lifted._errors import Path, dtype_of
 from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
@@ -49,9 +51,9 @@ class NNXGroup:
     def __init__(
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
-        self._targets = tuple(targets)
+        self._are_variables = [isinstance(target, nnx.Variable) for target in targets]
         self._graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
-            self._targets
+            tuple(targets)
         )
         # Asked here, since inside a JAX transform even this question would be an operation.
         self._elsewhere = [i for i, leaf in enumerate(self._originals) if not is_plain(leaf)]
@@ -73,6 +75,18 @@ class NNXGroup:
             if path not in unseen
         }
         self.variables = self._by_target(shown)
+
+    def bare(self) -> "NNXGroup":
+        """This group without the targets and with shapes in the place of the arrays in `variables`:
+        for a function that JAX may keep. There is nothing that it could publish to."""
+        other = copy.copy(self)
+        other._originals, other._indices = [], type(self._indices)()
+        other.variables = jax.tree.map(_shape, self.variables)
+        shapes = self._flat(other.variables)
+        other._leaves = [
+            shapes.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
+        ]
+        return other
 
     @contextlib.contextmanager
     def opened(self, variables: list[Any]) -> Iterator[tuple[list[Any], Callable[[], NNXUpdates]]]:
@@ -217,9 +231,9 @@ class NNXGroup:
         """The inverse of `_flat`: a state for each module; for a target that is a Variable that
         one, or None."""
         trees: list[Any] = []
-        for i, target in enumerate(self._targets):
+        for i, is_variable in enumerate(self._are_variables):
             of_target = [(path[1:], leaf) for path, leaf in flat.items() if path[0] == i]
-            if isinstance(target, nnx.Variable):
+            if is_variable:
                 trees.append(of_target[0][1] if of_target else None)
             else:
                 trees.append(nnx.from_flat_state(of_target) if of_target else nnx.State({}))
@@ -270,6 +284,10 @@ def _unchanged(before: Any, after: Any) -> bool:
         if same_value and before.get_metadata() == after.get_metadata():
             return True
     return identical(before, after)
+
+
+def _shape(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
 
 
 def _filled(tree: Any, value: Any) -> Any:

@@ -130,6 +130,13 @@ def functionalized(name: str, mdl: Any, **filters: Any) -> lifted.Functional:
     return lifted.functionalize(mdl, **filters)
 
 
+def bare(functional: lifted.Functional) -> lifted.Functional:
+    """The functional of NNX targets without their arrays, which are its input anyway; see
+    `NNXGroup.bare`."""
+    groups = [group.bare() for group in functional.groups if isinstance(group, NNXGroup)]
+    return lifted.Functional(functional.structure, groups)
+
+
 @jax.tree_util.register_static
 class _Hole:
     """Stands in the arguments for the module that was there."""
