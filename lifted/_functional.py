@@ -88,18 +88,15 @@ class Functional:
         with the variables of each target at its place. A variable that several targets share stands
         at the first place only.
       structure: the structure of the pytree of targets.
+      groups: the targets of each kind.
       initializing: whether variables that do not exist may be created, as inside Linen's ``init``.
     """
 
-    def __init__(self, mdl: Any, *, variables: Filter, frozen: Filter, rngs: Filter) -> None:
-        targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
-        self.structure = Structure(treedef, tuple(_kind(target, mdl) for target in targets))
-        self._groups: list[Group] = [
-            kind([targets[i] for i in places], variables=variables, frozen=frozen, rngs=rngs)
-            for kind, places in self.structure.groups
-        ]
-        self.variables = self.structure.join(group.variables for group in self._groups)
-        self.initializing = any(group.initializing for group in self._groups)
+    def __init__(self, structure: Structure, groups: Sequence[Group]) -> None:
+        self.structure = structure
+        self.groups = groups
+        self.variables = structure.join(group.variables for group in groups)
+        self.initializing = any(group.initializing for group in groups)
 
     def __call__(
         self, variables: Variables, fn: Callable[..., Any], *args: Any, **kwargs: Any
@@ -132,36 +129,36 @@ class Functional:
         with contextlib.ExitStack() as stack:
             opened = [
                 stack.enter_context(group.opened(part))
-                for group, part in zip(self._groups, split, strict=True)
+                for group, part in zip(self.groups, split, strict=True)
             ]
             copies = self.structure.join(copies for copies, _ in opened)
             yield copies, lambda: [written() for _, written in opened]
 
     def publish(self, updates: list[Updates]) -> None:
         """Writes what `__call__` returned as ``updates`` to the target."""
-        for group, group_updates in zip(self._groups, updates, strict=True):
+        for group, group_updates in zip(self.groups, updates, strict=True):
             group.publish(group_updates)
 
     def outside(self) -> list[dict[Path, Any]]:
         """What ``fn`` could write past the target that it is given, for each kind of target."""
-        return [group.outside() for group in self._groups]
+        return [group.outside() for group in self.groups]
 
     def restore(self, outside: list[dict[Path, Any]]) -> None:
         """Undoes what was written since ``outside`` was asked for."""
-        for group, state in zip(self._groups, outside, strict=True):
+        for group, state in zip(self.groups, outside, strict=True):
             group.restore(state)
 
     def match(self, variables: Variables, filter: Filter) -> Variables:
         """``variables`` with True at the leaves that ``filter`` selects and False at the others."""
         split = self.structure.split(variables)
         return self.structure.join(
-            group.match(v, filter) for group, v in zip(self._groups, split, strict=True)
+            group.match(v, filter) for group, v in zip(self.groups, split, strict=True)
         )
 
     def prune(self, tree: Variables, mask: Variables) -> Variables:
         """``tree`` without the variables that ``mask`` has as False throughout."""
         split = zip(
-            self._groups, self.structure.split(tree), self.structure.split(mask), strict=True
+            self.groups, self.structure.split(tree), self.structure.split(mask), strict=True
         )
         return self.structure.join(group.prune(t, m) for group, t, m in split)
 
@@ -170,7 +167,7 @@ class Functional:
     ) -> Variables | None:
         """``variables`` with those that ``updates`` created and ``filter`` selects; None where
         there are none."""
-        split = list(zip(self._groups, self.structure.split(variables), updates, strict=True))
+        split = list(zip(self.groups, self.structure.split(variables), updates, strict=True))
         extended = [group.extend(v, u, filter) for group, v, u in split]
         if all(e is None for e in extended):
             return None
@@ -181,7 +178,7 @@ class Functional:
     def written(self, updates: list[Updates]) -> Variables:
         """The variables among ``updates``, in the form of ``variables``."""
         return self.structure.join(
-            group.written(u) for group, u in zip(self._groups, updates, strict=True)
+            group.written(u) for group, u in zip(self.groups, updates, strict=True)
         )
 
     def per_scope(self, tree: Variables) -> list[Any]:
@@ -189,15 +186,13 @@ class Functional:
         module's attributes first."""
         split = self.structure.split(tree)
         return [
-            t
-            for group, part in zip(self._groups, split, strict=True)
-            for t in group.per_scope(part)
+            t for group, part in zip(self.groups, split, strict=True) for t in group.per_scope(part)
         ]
 
     def names(self, variables: Variables) -> list[str]:
         """What a filter can name, for messages."""
         split = self.structure.split(variables)
-        return [n for group, v in zip(self._groups, split, strict=True) for n in group.names(v)]
+        return [n for group, v in zip(self.groups, split, strict=True) for n in group.names(v)]
 
 
 def _kind(target: Any, mdl: Any) -> type[Group]:
@@ -257,4 +252,10 @@ def functionalize(
         raise TypeError(
             f"mdl: expected a module, a scope or a pytree of these, got {mdl!r}, which has none."
         )
-    return Functional(mdl, variables=variables, frozen=frozen, rngs=rngs)
+    targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
+    structure = Structure(treedef, tuple(_kind(target, mdl) for target in targets))
+    groups: list[Group] = [
+        kind([targets[i] for i in places], variables=variables, frozen=frozen, rngs=rngs)
+        for kind, places in structure.groups
+    ]
+    return Functional(structure, groups)

@@ -59,7 +59,9 @@ def attributes(slots: dict[str, Any]) -> dict[str, Any]:
 
 def rng_stream(variable: Any) -> str | None:
     """Name of the RNG stream that a Variable belongs to; None for one that is no RNG state."""
-    return variable.get_metadata().get("tag") if isinstance(variable, nnx.RngState) else None
+    # That something is no instance of a Variable type takes NNX longer to tell.
+    tag = variable.get_metadata().get("tag")
+    return tag if tag is not None and isinstance(variable, nnx.RngState) else None
 
 
 def captures_of_lists(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:

@@ -20,6 +20,7 @@ def vmapped_init(
     argument: str,
     size: int | None,
     metadata_params: Mapping[Any, Any],
+    **options: Any,
 ) -> Callable[..., None]:
     """The ``__init__`` ``fn`` of a class whose Variables get the axes of a plan.
 
@@ -29,6 +30,7 @@ def vmapped_init(
       argument: of the transform, that gives the size of the axis.
       size: what it gives.
       metadata_params: of the transform.
+      **options: of `jax.vmap`.
     """
 
     plan = plan.creating()
@@ -43,8 +45,8 @@ def vmapped_init(
             _init_once(plan, argument, lambda mdl: inner(mdl, *given), mdl)
             return
         lifting = Lifting(plan, mdl, metadata_params)
-        options = {"axis_size": size}
-        call = Mapped(lifting, lambda mdl: inner(mdl, *given), (), 0, None, options)
+        of_size = {"axis_size": size, **options}
+        call = Mapped(lifting, lambda mdl: inner(mdl, *given), (), 0, None, of_size)
         with call.explained():
             result = jax.vmap(call.step, **call.axes)(*call.inputs)
         call.finish(result)

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from lifted._errors import describe, dtype_of, path_text
+from lifted._errors import describe, path_text
 from lifted._functional import Structure
 from lifted._nested import flat
-from nnx_bridge.transforms._targets import check_output, functionalized, with_targets
+from nnx_bridge.transforms._targets import bare, check_output, functionalized, with_targets
 
 
 def custom_vjp(
@@ -72,8 +71,8 @@ def custom_vjp(
         functional = functionalized("custom_vjp", target)
         parts, flat_structure = jax.tree.flatten(functional.variables)
         treedef: Any = flat_structure
-        # The backward pass outlives the call, and must hold no array of the module.
-        structure, like = functional.structure, treedef.unflatten(list(map(_shape, parts)))
+        # JAX keeps the three functions below, which must not keep the arrays of the module.
+        pure = bare(functional)
         chosen = jax.tree.leaves(functional.match(functional.variables, grad_vars))
 
         def merge(graded: Sequence[Any], others: Sequence[Any]) -> Any:
@@ -81,12 +80,12 @@ def custom_vjp(
             return treedef.unflatten([next(of_kind[is_graded]) for is_graded in chosen])
 
         def plain(graded: Any, others: Any, *args: Any) -> Any:
-            y, updates = functional(merge(graded, others), inner, *args)
+            y, updates = pure(merge(graded, others), inner, *args)
             check_output("custom_vjp", y)
             return y, updates
 
         def forward(graded: Any, others: Any, *args: Any) -> Any:
-            out, updates = functional(merge(graded, others), inner_forward, *args)
+            out, updates = pure(merge(graded, others), inner_forward, *args)
             if not isinstance(out, (tuple, list)) or len(out) != 2:
                 raise TypeError(
                     "custom_vjp: forward_fn must return a pair (y, residuals), got "
@@ -105,7 +104,7 @@ def custom_vjp(
                     f"{describe(result)}."
                 )
             t_variables, *t_args = result
-            cotangents = _cotangents(structure, like, t_variables)
+            cotangents = _cotangents(pure.structure, pure.variables, t_variables)
             wanted = [c for c, is_graded in zip(cotangents, chosen, strict=True) if is_graded]
             return wanted, None, *t_args
 
@@ -118,10 +117,6 @@ def custom_vjp(
         return y
 
     return call
-
-
-def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
 
 
 def _cotangents(structure: Structure, like: Any, given: Any) -> list[Any]:

@@ -89,15 +89,16 @@ class Lifting:
         found, treedef = jax.tree_util.tree_flatten_with_path(per_target, is_leaf=is_variable)
         self.treedef: Any = treedef
         self.leaves = [(tuple(map(key_of, path)), leaf) for path, leaf in found]
-        self.parts = [part for _, leaf in self.leaves for part in jax.tree.leaves(leaf)]
+        # Of each leaf its arrays and its structure.
+        self.flat: list[tuple[list[Any], Any]] = [jax.tree.flatten(x) for _, x in self.leaves]
+        self.parts = [part for parts, _ in self.flat for part in parts]
 
     def sizes(self) -> list[tuple[Path, int]]:
         """The sizes of the Variables that have an axis, with their paths."""
         found = []
-        for path, leaf in self.leaves:
+        for (path, leaf), (parts, _) in zip(self.leaves, self.flat, strict=True):
             where = self.into(path, leaf)
             if isinstance(where, int) and not _flax_private.is_captured(path):
-                parts = jax.tree.leaves(leaf)
                 found += [(path[1:], axis_size(path[1:], x, where)) for x in parts]
         return found
 
@@ -179,8 +180,7 @@ class Inputs:
         self.places: dict[Path, tuple[Where, int, Any]] = {}
         self.wheres: list[Where] = []
         leaves = []
-        for path, leaf in lifting.leaves:
-            parts, treedef = jax.tree.flatten(leaf)
+        for (path, leaf), (parts, treedef) in zip(lifting.leaves, lifting.flat, strict=True):
             where = _fitting(path, lifting.into(path, leaf), parts, size)
             start = len(self.wheres)
             self.places[path] = where, start, treedef

@@ -168,7 +168,7 @@ class Plan:
         """How a leaf of a target comes into the lifted function."""
         if not isinstance(leaf, nnx.Variable):
             return Kept.BROADCAST  # A bare array, which no filter names.
-        if isinstance(leaf, nnx.RngState):
+        if issubclass(type(leaf), nnx.RngState):  # Faster than NNX's `isinstance`.
             return self._into_stream(path, leaf)
         rule = self.rule_into(path, leaf)
         if rule is None and _flax_private.is_captured(path):
@@ -229,7 +229,7 @@ class Plan:
             "such as a mean over the axis."
         )
 
-    def _into_stream(self, path: Path, leaf: nnx.RngState) -> Where:
+    def _into_stream(self, path: Path, leaf: Any) -> Where:
         number = self.stream_rule(leaf)
         if number is None:
             return Kept.NOWHERE

@@ -64,7 +64,7 @@ def scan(
         module; and the keys, a dict for each module for each entry of ``split_rngs``.
       metadata_params: ``{nn.PARTITION_NAME: name}``, the name of the axis in sharding metadata.
       methods: the methods of a class to lift, by default ``__call__``; or a dict with options for
-        each.
+        each, which agree on what says how the Variables are made.
       _split_transpose: as for `jax.lax.scan`.
       check_constancy_invariants: whether to check that what is broadcast and written does not
         depend on the step. The check traces the function once more, only where there is such.
@@ -162,7 +162,6 @@ def scanned_init(
     split_rngs: Mapping[Any, bool] = _NO_OPTIONS,
     length: int | None = None,
     metadata_params: Mapping[Any, Any] = _NO_OPTIONS,
-    **others: Any,
 ) -> Callable[..., None]:
     """The ``__init__`` ``fn`` of a class that `scan` lifts: it makes the Variables of all steps."""
     plan = _plan(variable_axes, variable_broadcast, variable_carry, split_rngs)

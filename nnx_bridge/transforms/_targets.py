@@ -6,6 +6,7 @@ Variables are where they are in the class that went in.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,12 @@ def lift_target(
       lift: ``lift(fn, **options)`` is the lifted function.
       options: of the transform.
       methods: names of the methods to lift, or a dict with options for each; as in Linen.
-      construct: ``construct(fn, **options)`` is the lifted ``__init__``.
+      construct: ``construct(fn, **options)`` is the lifted ``__init__``, for those options that it
+        takes.
 
     Raises:
       TypeError: the target is none of these, or ``methods`` are none.
-      ValueError: the class has no such method.
+      ValueError: the class has no such method, or methods disagree on how its Variables are made.
     """
     if isinstance(target, functools.partial) and _is_class(target.func):
         made = lift_target(name, target.func, lift, options, methods, construct)
@@ -92,11 +94,35 @@ def _lift_class(
         for method, options in methods.items()
     }
     if construct is not None and methods:
-        body["__init__"] = construct(_as_base(base, base.__init__), **next(iter(methods.values())))
+        agreed = _agreed(name, construct, methods)
+        body["__init__"] = construct(_as_base(base, base.__init__), **agreed)
     body |= {"__module__": base.__module__, "__doc__": base.__doc__}
     metaclass: Any = type(base)
     made: type[nnx.Module] = metaclass(f"{name.capitalize()}{base.__name__}", (base,), body)
     return made
+
+
+def _agreed(name: str, construct: Lift, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that ``construct`` takes, on which all methods that have them must agree.
+
+    Raises:
+      ValueError: they do not.
+    """
+    parameters = inspect.signature(construct).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found: dict[str, tuple[str, Any]] = {}
+    for method, options in methods.items():
+        for option, value in options.items():
+            if not takes_all and option not in parameters:
+                continue
+            other, expected = found.setdefault(option, (method, value))
+            if value != expected:
+                raise ValueError(
+                    f"{name}: methods: {other!r} has {option}={expected!r} and {method!r} has "
+                    f"{option}={value!r}, but the class makes its Variables once, for both. Give "
+                    "them the same."
+                )
+    return {option: value for option, (_, value) in found.items()}
 
 
 def _as_base(base: type[nnx.Module], fn: Fn) -> Fn:
@@ -128,6 +154,13 @@ def functionalized(name: str, mdl: Any, **filters: Any) -> lifted.Functional:
             "is for NNX modules, among them nnx_bridge.Host."
         )
     return lifted.functionalize(mdl, **filters)
+
+
+def bare(functional: lifted.Functional) -> lifted.Functional:
+    """The functional of NNX targets without their arrays, which are its input anyway; see
+    `NNXGroup.bare`."""
+    groups = [group.bare() for group in functional.groups if isinstance(group, NNXGroup)]
+    return lifted.Functional(functional.structure, groups)
 
 
 @jax.tree_util.register_static

@@ -47,7 +47,7 @@ def vmap(
       spmd_axis_name: as for `jax.vmap`.
       metadata_params: ``{nn.PARTITION_NAME: name}``, the name of the axis in sharding metadata.
       methods: the methods of a class to lift, by default ``__call__``; or a dict with options for
-        each.
+        each, which agree on what says how the Variables are made.
 
     Returns:
       A class or a function, as ``target`` is. The class inherits from ``target``; its instances
@@ -118,8 +118,10 @@ def _vmapped_init(
     variable_axes: Mapping[Any, Any] = _NO_OPTIONS,
     split_rngs: Mapping[Any, bool] = _NO_OPTIONS,
     axis_size: int | None = None,
+    axis_name: str | None = None,
+    spmd_axis_name: str | None = None,
     metadata_params: Mapping[Any, Any] = _NO_OPTIONS,
-    **others: Any,
 ) -> Callable[..., None]:
     plan = Plan.make("vmap", rules_of_axes("vmap", variable_axes, none=True), split_rngs)
-    return vmapped_init(fn, plan, "axis_size", axis_size, metadata_params)
+    names = {"axis_name": axis_name, "spmd_axis_name": spmd_axis_name}
+    return vmapped_init(fn, plan, "axis_size", axis_size, metadata_params, **names)

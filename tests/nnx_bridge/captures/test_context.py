@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -149,6 +150,20 @@ def test_classes_are_not_touched_while_outputs_are_sown() -> None:
     before = Derived.__call__
     nnx_bridge.capture(look, nnx.Intermediate, method_outputs=nnx.Intermediate)(Derived(), 1.0)
     assert seen == [before]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_copies_get_their_classes_back(fails: bool) -> None:
+    copies = []
+
+    def call(mdl: Derived, x: float) -> float:
+        copies.append(mdl)
+        return mdl(None if fails else x)
+
+    capture = nnx_bridge.capture(call, nnx.Intermediate, method_outputs=nnx.Intermediate)
+    with pytest.raises(TypeError, match="NoneType") if fails else contextlib.nullcontext():
+        capture(Derived(), 1.0)
+    assert [type(mdl) for mdl in copies] == [Derived]
 
 
 def test_threads_do_not_see_each_others_captures() -> None:

@@ -64,8 +64,6 @@ def test_the_names_of_a_row_exist(row: Difference) -> None:
         resolve("flax.nnx", row.nnx)
     if row.compat is not None:
         module, _, name = row.compat.rpartition(".")
-        if module == "nnx_bridge.transforms":
-            pytest.importorskip(module, reason="Linen's lifted transforms are not there yet")
         assert resolve(module, name).__doc__
     assert (row.route == "compat") <= (row.compat is not None)
 

@@ -45,6 +45,12 @@ def hosted(module: nn.Module | None = None) -> nnx_bridge.Host:
     return nnx_bridge.Host.init(module or Net(), jax.random.key(0), X)
 
 
+def with_unknown_nodes() -> nnx_bridge.Host:
+    """A host whose taps, which have no variables, become nodes in the first call."""
+    module, variables = nnx_bridge.unhost(hosted())
+    return nnx_bridge.Host(module, {"params": variables["params"]})
+
+
 def bound(host: nnx_bridge.Host) -> nn.Module:
     module, variables = nnx_bridge.unhost(host)
     return module.bind({"params": variables.get("params", {})})
@@ -145,13 +151,27 @@ def test_a_dictionary_is_perturbed_as_a_whole() -> None:
 
 
 def test_a_node_that_was_not_there_is_found_by_seeds_and_records() -> None:
-    module, variables = nnx_bridge.unhost(hosted())
-    host = nnx_bridge.Host(module, {"params": variables["params"]})
+    host = with_unknown_nodes()
     assert not hasattr(host, "Tap_0")
     actual = nnx_bridge.capture_grad(total, host, X)
     expected = nnx_bridge.capture_grad(total, bound(host), X)
     assert_trees_equal(pure(actual.intermediate_grads), expected.intermediate_grads)
     assert "__captures__" not in vars(host.Tap_0)
+
+
+def test_a_node_that_a_context_has_found_is_not_marked() -> None:
+    host = with_unknown_nodes()
+    nnx_bridge.capture(host, nnx.Intermediate)(X)
+    assert "__captures__" not in vars(host.Tap_0)
+
+
+def test_a_node_that_an_inner_context_has_found_records_in_the_outer_one() -> None:
+    def twice(mdl: Any, x: jax.Array) -> Any:
+        _, inner = nnx_bridge.capture(mdl, nnx.Intermediate)(x)
+        return mdl(x), inner
+
+    (_, inner), outer = nnx_bridge.capture(twice, nnx.Intermediate)(with_unknown_nodes(), X)
+    assert_trees_equal(pure(outer), pure(inner))
 
 
 def test_outputs_of_methods_are_those_that_linen_captures() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen, nnx
+from flax import core, linen, nnx
+from flax.core.lift import while_loop
 
 import lifted
 import nnx_bridge as nn
@@ -159,6 +160,30 @@ def test_a_loop_draws_what_linen_draws() -> None:
         y = mdl(X)
     assert_trees_close(y, wanted)
     assert_trees_equal(mdl.n[...], updates["batch_stats"]["n"])
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_condition_draws_what_linen_draws(split: bool) -> None:
+    def keep_on(key: jax.Array, n: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, 0.7) & (n < 9)
+
+    def linen_steps(key: jax.Array) -> Any:
+        scope = core.bind({}, rngs={"params": key})
+
+        def goes_on(scope: Any, n: jax.Array) -> Any:
+            return keep_on(scope.rngs["params"].as_jax_rng(), n)
+
+        return while_loop(goes_on, lambda scope, n: n + 1, scope, 0, split_rngs={"params": split})
+
+    def nnx_steps(key: jax.Array) -> Any:
+        def goes_on(rngs: nnx.Rngs, n: jax.Array) -> Any:
+            return keep_on(rngs.params.key[...], n)
+
+        rngs = nnx.Rngs(params=key)
+        return nn.while_loop(goes_on, lambda rngs, n: n + 1, rngs, 0, split_rngs={"params": split})
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    assert_trees_equal(jax.vmap(nnx_steps)(keys), jax.vmap(linen_steps)(keys))
 
 
 def test_a_loop_advances_streams_as_one_step_does() -> None:

@@ -206,6 +206,17 @@ def test_methods_that_are_none(methods: Any) -> None:
         nn.remat(NNXBlock, methods=methods)
 
 
+def test_methods_that_disagree_on_how_variables_are_made() -> None:
+    methods = {"step": {"variable_axes": {"params": 0}}, "__call__": {"variable_axes": {}}}
+    with pytest.raises(ValueError, match=r"'step' has variable_axes=\{'params': 0\} and '__ca"):
+        nn.vmap(Stepping, methods=methods)
+
+
+class Stepping(NNXBlock):
+    def step(self, x: jax.Array) -> Any:
+        return self(x)
+
+
 def test_options_of_the_wrong_type() -> None:
     with pytest.raises(TypeError, match=r"variable_axes=\{'params': None\}.*variable_broadcast"):
         nn.scan(step, variable_axes={"params": None})

@@ -70,6 +70,27 @@ def test_mapped_layers() -> None:
     assert_same_program(lambda s, x: ours(s, x)[0], lambda s, x: raw(s, x)[0], state, X)
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+def test_mapped_layers_on_an_axis_of_a_mesh() -> None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    class Placed(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.scale = nnx.Param(place(rngs.params.normal(3)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return place(x)
+
+    mdl = nn.vmap(Placed, axis_size=2, spmd_axis_name="d", **SCANNED)(nnx.Rngs(0))
+    along_d = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    assert mdl.scale[...].sharding.is_equivalent_to(along_d, 2)
+    assert_same_program(mdl, jax.vmap(place, spmd_axis_name="d"), X)
+
+
 @pytest.mark.parametrize(
     "policy", [None, "everything_saveable", "nothing_saveable", "dots_saveable"]
 )

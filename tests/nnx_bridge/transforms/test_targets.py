@@ -91,6 +91,18 @@ class Codec(nnx.Module):
         return self.encode(x) @ self.dense.kernel[...].T
 
 
+def test_a_class_that_asks_for_its_index_where_it_makes_its_variables() -> None:
+    class Indexed(nnx.Module):
+        def __init__(self) -> None:
+            self.index = nnx.Param(jax.lax.axis_index("i"))
+
+        def __call__(self) -> None:
+            pass
+
+    mdl = nn.vmap(Indexed, variable_axes={"params": 0}, axis_size=3, axis_name="i")()
+    assert mdl.index[...].tolist() == [0, 1, 2]
+
+
 def test_methods_that_call_each_other_are_lifted_once() -> None:
     options = {"variable_axes": {"params": 0}, "split_rngs": ALL_SPLIT, "axis_size": 4}
     codec = nn.vmap(Codec, methods=["encode", "decode"], **options)(nnx.Rngs(0))
@@ -102,7 +114,9 @@ def test_methods_that_call_each_other_are_lifted_once() -> None:
 
 def test_methods_with_options_of_their_own() -> None:
     shared = {"variable_axes": {"params": 0}, "split_rngs": ALL_SPLIT, "axis_size": 4}
-    methods = {"encode": shared, "decode": {**shared, "in_axes": None}}
+    # The size of an axis is known where an argument has it; once is enough.
+    first = {name: value for name, value in shared.items() if name != "axis_size"}
+    methods = {"encode": first, "decode": {**shared, "in_axes": None}}
     codec = nn.vmap(Codec, methods=methods)(nnx.Rngs(0))
     assert codec.encode(X).shape == (4, 3)
     assert codec.decode(X).shape == (4, 4, 3)

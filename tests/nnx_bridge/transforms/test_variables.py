@@ -11,7 +11,7 @@ from flax import linen, nnx
 
 import lifted
 import nnx_bridge as nn
-from tests.helpers import assert_trees_close, assert_trees_equal, normal, program
+from tests.helpers import assert_trees_close, assert_trees_equal, normal, program, strict
 from tests.nnx_bridge import models
 from tests.nnx_bridge.transforms.twins import LinenBlock, NNXBlock, carried_over, collections
 
@@ -212,8 +212,8 @@ def test_a_backward_pass_of_the_users() -> None:
     variables = module.init(jax.random.key(0), X)
     mdl = carried_over(NNX(nnx.Rngs(0)), variables)
     wanted = jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), argnums=(0, 1))(variables, X)
-    # Not under `strict`: JAX keeps the function of a custom_vjp, and what it closes over, alive.
-    t_mdl, t_x = nnx.grad(lambda mdl, x: jnp.sin(mdl(x)).sum(), argnums=(0, 1))(mdl, X)
+    with strict():
+        t_mdl, t_x = nnx.grad(lambda mdl, x: jnp.sin(mdl(x)).sum(), argnums=(0, 1))(mdl, X)
     assert_trees_close((nn.to_variables(t_mdl), t_x), wanted)
 
 
