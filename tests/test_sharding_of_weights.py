@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 
 import nnx_bridge
@@ -65,6 +67,32 @@ def test_weights_are_loaded_to_where_the_model_is(layout: str, abstract: bool) -
     assert model.linear1.kernel.get_value().sharding == places["up"]["kernel"]
     assert model.linear2.kernel.get_value().sharding == places["down"]["kernel"]
     assert_trees_equal(model.linear1.kernel.get_value(), params["up"]["kernel"])
+
+
+class Renamed(nnx.Module):
+    """`MLP`, rewritten with its names."""
+
+    def __init__(self) -> None:
+        self.up = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=nnx.Rngs(0))
+        self.down = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=nnx.Rngs(0))
+
+
+def _training() -> tuple[Renamed, nnx.Optimizer[Any]]:
+    model = Renamed()
+    return model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+
+@layouts
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_train_state_becomes_that_of_nnx_without_a_copy(layout: str, abstract: bool) -> None:
+    params, _, _ = placed(layout)
+    state = TrainState.create(apply_fn=MLP().apply, params=params, tx=optax.adam(1e-2))
+    model, optimizer = nnx.eval_shape(_training) if abstract else _training()
+    nnx_bridge.from_train_state(state, model, optimizer)
+    back = nnx_bridge.to_train_state(model, optimizer, like=state)
+    adam, adam_back = state.opt_state[0], back.opt_state[0]
+    for ours, theirs in ((back.params, params), (adam_back.mu, adam.mu), (adam_back.nu, adam.nu)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a is b, ours, theirs))
 
 
 class Watched(nn.Module):
