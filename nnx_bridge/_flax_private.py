@@ -15,6 +15,7 @@ from flax.nnx import graphlib, reprlib, tracers
 
 Indices = graphlib.RefMap
 _CAPTURES = "__captures__"
+_BOOKKEEPING = "_pytree__"
 
 
 def flatten(node: Any) -> tuple[Any, list[tuple[Any, ...]], list[Any], Indices]:
@@ -54,7 +55,12 @@ def update_graph(
 def attributes(slots: dict[str, Any]) -> dict[str, Any]:
     """The attributes among the ``vars`` of an NNX object, without those in which NNX keeps its own
     books."""
-    return {name: x for name, x in slots.items() if not name.startswith("_pytree__")}
+    return {name: x for name, x in slots.items() if not is_bookkeeping(name)}
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether NNX keeps an attribute of this name for itself."""
+    return name.startswith(_BOOKKEEPING)
 
 
 def rng_stream(variable: Any) -> str | None:

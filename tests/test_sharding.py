@@ -3,43 +3,31 @@ leaves them, and moves no array that the raw program does not move."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lifted
 from nnx_bridge import Host
-from tests.helpers import assert_trees_close, assert_trees_equal, normal, randomized
+from tests.helpers import assert_trees_close, assert_trees_equal
+from tests.sharding import (
+    LAYOUTS,
+    MLP,
+    WIDTH,
+    assert_same_compiled,
+    moves,
+    needs_8_devices,
+    placed,
+    unplaced,
+)
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-WIDTH, BATCH = 32, 16
-COLLECTIVES = r"\b(all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
-
-# Where the kernels of the two layers and the batch are: axes "data" and "model" of a 4 x 2 mesh.
-LAYOUTS = {
-    "data": (P(), P(), P("data")),
-    "tensor": (P(None, "model"), P("model", None), P("data")),
-    "fsdp": (P("data"), P("data"), P("data")),
-}
-
-
-class MLP(nn.Module):
-    """Two layers without biases."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.tanh(nn.Dense(WIDTH, use_bias=False, name="up")(x))
-        return nn.Dense(WIDTH, use_bias=False, name="down")(x)
+pytestmark = needs_8_devices
 
 
 class Native(nnx.Module):
@@ -135,46 +123,19 @@ def _programs(kind: str, transform: str) -> tuple[Callable[..., Any], Callable[.
     return actual, lambda *args: jax.tree.leaves(raw(*args))
 
 
-def _arguments() -> tuple[Any, jax.Array, Any]:
-    x = normal(BATCH, WIDTH)
-    params = randomized(MLP().init(jax.random.key(0), x))["params"]
-    return params, x, randomized(params, 5)
-
-
-def _placed(layout: str, kind: AxisType) -> tuple[Any, jax.Array, Any]:
-    params, x, v = _arguments()
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    up, down, batch = (NamedSharding(mesh, spec) for spec in LAYOUTS[layout])
-    shardings = {"up": {"kernel": up}, "down": {"kernel": down}}
-    return (
-        jax.device_put(params, shardings),
-        jax.device_put(x, batch),
-        jax.device_put(v, shardings),
-    )
-
-
-def _moves(text: str) -> Counter[str]:
-    return Counter(re.findall(COLLECTIVES, text))
-
-
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_for_shardings(layout: str, kind: str, transform: str) -> None:
-    args = _placed(layout, AxisType.Auto)
-    actual, expected = (jax.jit(fn).lower(*args).compile() for fn in _programs(kind, transform))
-    assert _moves(actual.as_text()) == _moves(expected.as_text())
-    found, wanted = actual(*args), expected(*args)
-    assert [x.sharding for x in found] == [x.sharding for x in wanted]
-    assert_trees_equal(found, wanted)
-    on_one_device, _ = _programs(kind, transform)
-    assert_trees_close(found, jax.jit(on_one_device)(*_arguments()))
+    actual, expected = _programs(kind, transform)
+    found = assert_same_compiled(actual, expected, *placed(layout))
+    assert_trees_close(found, jax.jit(actual)(*unplaced()))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_shardings_in_types(kind: str, transform: str) -> None:
-    args = _placed("data", AxisType.Explicit)
+    args = placed("data", AxisType.Explicit)
     with jax.set_mesh(args[1].sharding.mesh):
         actual, expected = (jax.jit(fn) for fn in _programs(kind, transform))
         found, wanted = actual(*args), expected(*args)
@@ -185,7 +146,7 @@ def test_with_shardings_in_types(kind: str, transform: str) -> None:
 @pytest.mark.parametrize("transform", ["grad", "jvp", "linearize"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_shard_map(kind: str, transform: str) -> None:
-    args = _placed("data", AxisType.Auto)
+    args = placed("data")
     mesh = args[1].sharding.mesh
 
     def mapped(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,13 +158,10 @@ def test_under_shard_map(kind: str, transform: str) -> None:
         )
 
     actual, expected = map(mapped, _programs(kind, transform))
-    assert _moves(actual.lower(*args).compile().as_text()) == _moves(
-        expected.lower(*args).compile().as_text()
-    )
-    assert_trees_equal(actual(*args), expected(*args))
+    assert_same_compiled(actual, expected, *args)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_moves_are_seen(layout: str) -> None:
     _, raw = _programs("NNX", "grad")
-    assert _moves(jax.jit(raw).lower(*_placed(layout, AxisType.Auto)).compile().as_text())
+    assert moves(jax.jit(raw).lower(*placed(layout)).compile())

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx, serialization
 
+from nnx_bridge._placement import placed_like
 from nnx_bridge.checkpoints import _mapping, _plan
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
@@ -48,8 +49,10 @@ def from_train_state(
     Args:
       train_state: A `flax.training.train_state.TrainState` or anything like it, a dataclass of
         Flax or a dict, with `params`, `opt_state` and `step`, and other fields; or Linen variables.
-      model: An NNX model, native or a `Host`, with the same variables. Its RNG streams are left as
-        they are.
+      model: An NNX model, native or a `Host`, with the same variables; it may be abstract
+        (`nnx.eval_shape`). Its RNG streams are left as they are. Arrays go to the devices that
+        those of the model were put on; without such the model gets the arrays of the train state
+        themselves, on whatever devices they are.
       optimizer: Its optimizer, made with the same Optax transformation. None leaves the state of
         the optimizer out.
       plan: See `convert`.
@@ -131,8 +134,7 @@ def load_checkpoint(
 
     Args:
       path: What `convert` takes as its source, or what it has written.
-      model: See `from_train_state`. Arrays go where those of the model are, so a model that is
-        sharded stays sharded.
+      model: See `from_train_state`. A model that is sharded stays sharded.
       optimizer: See `from_train_state`.
       layout: See `convert`.
       item: See `convert`.
@@ -266,6 +268,7 @@ def _difference(path: Path, saved: Any, held: Any) -> list[str]:
 
 def _placed(value: Any, variable: nnx.Variable[Any]) -> Any:
     held = variable.get_value()
-    if not isinstance(held, jax.Array):
+    if getattr(held, "sharding", None) is None:
         return value
-    return jax.device_put(jax.numpy.asarray(value, held.dtype), held.sharding)
+    same = getattr(value, "dtype", None) == held.dtype
+    return placed_like(value if same else jax.numpy.asarray(value, held.dtype), held)

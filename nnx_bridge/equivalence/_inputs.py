@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnx_bridge._placement import placed_like
+
 
 @dataclasses.dataclass(frozen=True)
 class Random:
@@ -74,7 +76,7 @@ def drawn(tree: Any, seed: int) -> Any:
 
     def draw(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            leaf = Random(leaf.shape, leaf.dtype)
+            return placed_like(Random(leaf.shape, leaf.dtype).draw(random), leaf)
         return leaf.draw(random) if isinstance(leaf, Random) else leaf
 
     return jax.tree.map(draw, tree, is_leaf=is_random)

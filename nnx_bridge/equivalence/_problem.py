@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.core.scope import CollectionFilter, in_filter
 
 from nnx_bridge._collections import Variables
+from nnx_bridge._placement import placed_like
 from nnx_bridge.equivalence._case import Case, CaseError
 from nnx_bridge.equivalence._inputs import drawn, is_random
 from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Run, Side
@@ -220,7 +221,7 @@ def perturbed(data: Data, seed: int, precision: float = 0.0) -> Data:
         size = max(float(jnp.finfo(x.dtype).eps), precision / 2)
         # In NumPy: a small program of JAX for each shape would have to be compiled.
         factor = 1 + size * random.integers(-1, 2, x.shape)
-        return jnp.asarray((np.asarray(x) * factor).astype(x.dtype))
+        return placed_like((np.asarray(x) * factor).astype(x.dtype), x)
 
     return data._replace(
         variables=jax.tree.map(move, data.variables), inputs=jax.tree.map(move, data.inputs)
@@ -274,7 +275,7 @@ def _randomized(variables: Variables, seed: int) -> dict[str, Any]:
             moved = values * np.exp(noise)
         else:
             moved = values + noise * (size or 1.0)
-        return jnp.asarray(moved.astype(x.dtype))
+        return placed_like(moved.astype(x.dtype), x)
 
     chosen = ("params", "batch_stats")
     return {c: jax.tree.map(noisy, v) if c in chosen else v for c, v in variables.items()}
@@ -287,4 +288,4 @@ def _direction(array: Any, random: np.random.Generator) -> Any:
     values = random.standard_normal(array.shape)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         values = values + 1j * random.standard_normal(array.shape)
-    return jnp.asarray(values, array.dtype)
+    return placed_like(values.astype(array.dtype), array)

@@ -12,17 +12,15 @@ original drew gets the same masks.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 from flax import linen as nn
 from flax import nnx
 
-from nnx_bridge import _flax_private
+from nnx_bridge import _flax_private, _linen_private
 from nnx_bridge.captures._method_outputs import intercepting, is_method
 from nnx_bridge.host import Host, Node
 
@@ -180,25 +178,18 @@ class _Draws:
 
 
 _DRAWS: ContextVar[_Draws | None] = ContextVar("draws", default=None)
-_PATCHING = threading.RLock()
 
 
 @contextlib.contextmanager
 def drawing(key: jax.Array, streams: Sequence[nnx.RngStream] = ()) -> Iterator[None]:
     """Gives out keys by the order in which they are asked for.
 
-    Linen's `make_rng` is replaced for this thread, and `streams` get another class, until the
-    context ends.
+    Linen modules of this thread, and `streams`, get them until the context ends.
     """
-    make_rng = nn.Module.make_rng
-
-    def counted(self: nn.Module, name: str = "params") -> Any:
-        draws = _DRAWS.get()
-        return make_rng(self, name) if draws is None else draws()
-
+    draws = _Draws(key)
     classes = [type(stream) for stream in streams]
-    with _PATCHING, mock.patch.object(nn.Module, "make_rng", counted):
-        token = _DRAWS.set(_Draws(key))
+    with _linen_private.keys_from(draws):
+        token = _DRAWS.set(draws)
         try:
             for stream in streams:
                 object.__setattr__(stream, "__class__", _CountedStream)

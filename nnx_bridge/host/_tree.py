@@ -216,7 +216,8 @@ RESERVED = set(OWN_ATTRIBUTES)
 
 
 def _is_reserved(name: str) -> bool:
-    return name.rstrip("_") in RESERVED or name.startswith(("_pytree__", "__"))
+    of_python = name.startswith("__")
+    return name.rstrip("_") in RESERVED or of_python or _flax_private.is_bookkeeping(name)
 
 
 def escaped(name: str) -> str:

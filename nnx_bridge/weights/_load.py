@@ -13,6 +13,7 @@ from flax import nnx
 from lifted._errors import describe, path_text
 from lifted._trees import structure
 from nnx_bridge._collections import Path, Variables
+from nnx_bridge._placement import placed_like
 from nnx_bridge.weights._leaves import flat_state, linen_leaves, nnx_leaves
 from nnx_bridge.weights._match import match
 from nnx_bridge.weights._order import Calls
@@ -47,7 +48,9 @@ def load(
     that fails leaves the model as it was.
 
     Args:
-      model: The NNX model; it is changed in place. It may be abstract (`nnx.eval_shape`).
+      model: The NNX model; it is changed in place. It may be abstract (`nnx.eval_shape`). Arrays go
+        to the devices that those of the model are on, or are to be on where it is abstract with
+        shardings; otherwise they stay where `variables` have them.
       variables: Linen variables, boxed or not.
       rules: See `match`.
       plan: A plan of `match`, as it is or edited; instead of `rules` and what `match` takes.
@@ -127,7 +130,8 @@ def _filled(
         if hasattr(value, "dtype"):
             if str(value.dtype) != targets[path].dtype:  # Allowed by name, or it was a problem.
                 value = cast_to(value, targets[path].dtype)
-            value = _placed(value, held)
+            if not isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer):
+                value = placed_like(value, held)
         if not isinstance(leaf, nnx.Variable):
             yield path, value
             continue
@@ -141,16 +145,6 @@ def _at(values: Mapping[Any, Any], path: Path) -> Any:
     for key in path:
         values = values[key]
     return values
-
-
-def _placed(value: Any, held: Any) -> Any:
-    """The value where the model has it: on the same devices, of the same kind."""
-    if isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer):
-        return value
-    sharding = getattr(held, "sharding", None)
-    if isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer):
-        return jax.device_put(value, sharding) if held.committed else jnp.asarray(value)
-    return jnp.asarray(value)
 
 
 def _check_same(plan: Plan, variables: Variables, model: nnx.Module) -> None:

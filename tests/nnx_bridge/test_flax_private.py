@@ -204,3 +204,37 @@ def test_what_is_captured_is_told_from_other_variables_by_its_path() -> None:
         _, paths, leaves, _ = _flax_private.flatten(mdl)
     captured = [x for path, x in zip(paths, leaves, strict=True) if _flax_private.is_captured(path)]
     assert [type(x) for x in captured] == [nnx.Intermediate]
+
+
+def test_what_is_captured_is_set_found_and_removed() -> None:
+    mdl, kept = Sower(), _context()
+    assert _flax_private.captured(mdl) is None
+    _flax_private.set_captured(mdl, kept)
+    assert _flax_private.captured(mdl) == kept
+    mdl(3.0)
+    assert kept[0].get_raw_value() == {"x": (3.0,)}
+    _flax_private.set_captured(mdl, None)
+    assert _flax_private.captured(mdl) is None
+    _flax_private.set_captured(mdl, None)  # Nothing to remove is no error.
+
+
+def test_an_attribute_is_shown_where_the_representation_yields_it() -> None:
+    class Shown(nnx.Module):
+        def __nnx_repr__(self) -> Any:
+            shown = super().__nnx_repr__()
+            yield next(shown)
+            yield _flax_private.shown_attribute("features", (3, "wide"))
+            yield from shown
+
+    mdl = Shown()
+    mdl.width = 5
+    text = repr(mdl)
+    assert text.startswith("Shown(")
+    assert text.index("features=(3, 'wide')") < text.index("width=5")
+
+
+def test_nnx_keeps_its_books_in_the_vars_of_a_module() -> None:
+    mdl = models.make(models.MLP)
+    kept = {name for name in vars(mdl) if _flax_private.is_bookkeeping(name)}
+    assert kept
+    assert set(_flax_private.attributes(vars(mdl))) == set(vars(mdl)) - kept == {"first", "second"}

@@ -1,0 +1,79 @@
+"""What `nnx_bridge` changes in Linen does what it says, and ends with its context."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from nnx_bridge._linen_private import keys_from
+from tests.helpers import assert_trees_equal
+
+X = jnp.ones((4, 8))
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+
+def _draws(count: list[int]) -> Callable[[], jax.Array]:
+    def draw() -> jax.Array:
+        count.append(len(count))
+        return jax.random.key(7)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("module", "draws"),
+    [
+        (nn.Dropout(0.5, deterministic=False), 1),
+        (nn.Sequential([nn.Dropout(0.5, deterministic=False)] * 2), 2),
+        (nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=False), 1),
+    ],
+    ids=["Dropout", "twice", "attention"],
+)
+def test_layers_draw_the_given_keys(module: nn.Module, draws: int) -> None:
+    variables = module.init(RNGS, X)
+    count: list[int] = []
+    with keys_from(_draws(count)):
+        first = module.apply(variables, X, rngs=RNGS)
+        second = module.apply(variables, X, rngs={**RNGS, "dropout": jax.random.key(2)})
+    assert len(count) == 2 * draws
+    assert_trees_equal(first, second)
+
+
+def test_linen_draws_its_own_keys_again_afterwards() -> None:
+    module = nn.Dropout(0.5, deterministic=False)
+    expected, make_rng = module.apply({}, X, rngs=RNGS), nn.Module.make_rng
+    with pytest.raises(RuntimeError, match="inside"), keys_from(_draws([])):
+        raise RuntimeError("inside")
+    assert nn.Module.make_rng is make_rng
+    assert_trees_equal(module.apply({}, X, rngs=RNGS), expected)
+
+
+def test_the_inner_context_gives_the_keys() -> None:
+    outer: list[int] = []
+    inner: list[int] = []
+    module = nn.Dropout(0.5, deterministic=False)
+    with keys_from(_draws(outer)):
+        with keys_from(_draws(inner)):
+            module.apply({}, X, rngs=RNGS)
+        module.apply({}, X, rngs=RNGS)
+    assert (outer, inner) == ([0], [0])
+
+
+def test_another_thread_draws_its_own_keys() -> None:
+    module, found = nn.Dropout(0.5, deterministic=False), []
+    expected, count = module.apply({}, X, rngs=RNGS), []
+
+    def run() -> None:
+        found.append(module.apply({}, X, rngs=RNGS))
+
+    with keys_from(_draws(count)):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert not count
+    assert_trees_equal(found[0], expected)
