@@ -156,6 +156,11 @@ class NnxSide:
     def variables(self) -> dict[str, Any]:
         return nest((path, nn.meta.unbox(v.get_value())) for path, (_, v) in self._paths.items())
 
+    @property
+    def places(self) -> dict[Path, Path]:
+        """Where Variables stand in `variables`, by their paths in the module."""
+        return {where: path for path, (where, _) in self._paths.items()}
+
     def __call__(self, variables: Variables, arguments: Arguments, run: Run) -> tuple[Any, Any]:
         given = dict(flatten(variables))
         held = dict(nnx.to_flat_state(self._state))
