@@ -4,13 +4,11 @@ from nnx_bridge.checkpoints._convert import Conversion, convert
 from nnx_bridge.checkpoints._entries import CheckpointError
 from nnx_bridge.checkpoints._layout import LAYOUTS
 from nnx_bridge.checkpoints._live import from_train_state, load_checkpoint, to_train_state
-from nnx_bridge.checkpoints._plan import Plan
 
 __all__ = [
     "LAYOUTS",
     "CheckpointError",
     "Conversion",
-    "Plan",
     "convert",
     "from_train_state",
     "load_checkpoint",

@@ -27,9 +27,9 @@ from nnx_bridge.checkpoints._entries import (
 from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import write_msgpack
-from nnx_bridge.checkpoints._plan import Plan
 from nnx_bridge.checkpoints._safetensors import write_safetensors
 from nnx_bridge.checkpoints._source import Source, open_source
+from nnx_bridge.weights import Plan
 
 Progress = Callable[[int, int, str], None]
 
@@ -92,8 +92,9 @@ def convert(
         gets. Without it, that of the checkpoint that the source was converted from. Without that,
         one that the names suggest; what has left no trace in NNX, such as the empty state at the
         end of an optimizer's chain, is not in it then.
-      plan: Where the NNX model has other names or shapes than Linen's: what converts its variables.
-        By default an NNX path is the Linen path without its collection.
+      plan: Where the NNX model has other names or shapes than Linen's: the plan of
+        `nnx_bridge.match` or `load`. Moments and averages are converted by it too. By default an
+        NNX path is the Linen path without its collection.
       unsharded: Whether arrays are read onto one device, however they were saved.
       force: Whether a destination that exists is replaced.
       progress: Called with the bytes done, all bytes, and what was done.
@@ -165,7 +166,7 @@ def _to_nnx(source: Source, layout: Linen, plan: Plan | None) -> _Made:
     apart = {t[1:]: entries[p] for p, t in where.items() if t and t[0] == RNGS}
     result = {t: entries[p] for p, t in where.items() if t and t[0] != RNGS}
     if plan is not None:
-        result = _plan.apply(plan, result, (_mapping.VALUE,))
+        result = _plan.apply(plan, result, (_mapping.VALUE,), made.model)
     # The streams of an NNX model that this checkpoint was made from.
     result.update({_in_model(p, made): leaf for p, leaf in source.apart.items()})
     return _Made(made, result, apart, {"linen": _structure(source.entries, layout)})

@@ -246,7 +246,7 @@ def _converted(
 ) -> list[Any]:
     try:
         return convert([read(path) for path in paths])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # JAX and NumPy say it in both ways.
         raise WeightsError(f"{row.text}: {error}") from error
 
 
