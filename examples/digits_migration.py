@@ -1,8 +1,9 @@
 """The whole way of a Linen model to NNX, on real data.
 
 A Linen classifier learns scikit-learn's digits for some epochs and is saved with Orbax. An audit
-lists what the move takes; the checkpoint is converted, a native NNX rewrite and a host are filled from it, and training goes on in
-Linen and in both side by side. An HTML report shows the loss curves, which lie on each other.
+lists what the move takes; the checkpoint is converted, a native NNX rewrite and a host are filled
+from it, and training goes on in Linen and in both side by side. An HTML report shows the loss
+curves, which lie on each other.
 
     python examples/digits_migration.py --out build/digits_migration
 """

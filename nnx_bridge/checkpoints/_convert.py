@@ -67,6 +67,7 @@ def convert(
     plan: Plan | None = None,
     unsharded: bool = False,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Conversion:
     """Writes a Linen checkpoint as an NNX one, or an NNX checkpoint as a Linen one.
@@ -97,6 +98,7 @@ def convert(
         NNX path is the Linen path without its collection.
       unsharded: Whether arrays are read onto one device, however they were saved.
       force: Whether a destination that exists is replaced.
+      dry_run: Only finds out what would be done, and writes nothing.
       progress: Called with the bytes done, all bytes, and what was done.
 
     Returns:
@@ -133,8 +135,9 @@ def convert(
         done += nbytes
         progress(done, total, what)
 
-    with _published(destination, force) as place:
-        _write(place, destination, made, advance)
+    if not dry_run:
+        with _published(destination, force) as place:
+            _write(place, destination, made, advance)
     arrays = [v for v in made.entries.values() if hasattr(v, "nbytes")]
     return Conversion(
         opened.where,
