@@ -284,8 +284,9 @@ def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) ->
 def _published(destination: FilePath, force: bool) -> Iterator[FilePath]:
     """Where to write what then becomes the destination, in one step, if all went well."""
     _sweep(destination)
-    folder = destination.parent / f".{destination.name}.flaxlift-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    # Never the same folder twice: writers of a run that failed may still be at work in theirs.
+    name = f".{destination.name}.flaxlift-{os.getpid()}-{time.monotonic_ns()}"
+    folder = destination.parent / name
     try:
         folder.mkdir()
         yield folder / "new"
@@ -313,10 +314,10 @@ def _remove(folder: FilePath) -> None:
 
 
 def _sweep(destination: FilePath) -> None:
-    """Removes what runs for the same destination left that were killed."""
+    """Removes what earlier runs for the same destination left that failed or were killed."""
     for folder in destination.parent.glob(f".{destination.name}.flaxlift-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        pid = folder.name.rpartition(".flaxlift-")[2].partition("-")[0]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -63,7 +63,7 @@ def apply(plan: Plan, entries: Entries, value: Path, model: Path) -> dict[Path, 
         for row in plan.rows:
             if _present(row.linen, values, prefix):
                 sources = {path: values[path] for path in row.linen}
-                for path, leaf in rows.convert(plan.stream_to_nnx, row, sources, prefix):
+                for path, leaf in rows.convert(plan.stream_to_nnx, row, sources, row.nnx, prefix):
                     result[(*prefix, *map(str, path), *value)] = leaf
     return result
 
@@ -82,7 +82,9 @@ def undo(plan: Plan, entries: Entries, wanted: Iterable[Path], value: Path) -> d
                 continue
             if _present(list(places.values()), entries, ()):
                 sources = {path: result.pop(place) for path, place in places.items()}
-                for path, leaf in rows.convert(plan.stream_to_linen, row, sources, prefix):
+                for path, leaf in rows.convert(
+                    plan.stream_to_linen, row, sources, row.linen, prefix
+                ):
                     result[targets[path]] = leaf
     return result
 
@@ -156,12 +158,12 @@ class _Rows:
         self._lock = threading.Lock()
 
     def convert(
-        self, stream: _Stream, row: Row, sources: Entries, at: Path
+        self, stream: _Stream, row: Row, sources: Entries, targets: Iterable[Path], at: Path
     ) -> Iterator[tuple[Path, Any]]:
         """What a row makes of the sources, of which no array is read, with its paths."""
         if isinstance(row.layout, Copy) and row.linen_axis is None and row.nnx_axis is None:
             # In the same order on both sides.
-            yield from zip(_other(row, sources), sources.values(), strict=True)
+            yield from zip(targets, sources.values(), strict=True)
             return
         task = _Task(stream, row, sources, at)
         if not row.nnx:
@@ -189,10 +191,6 @@ class _Rows:
         while total > _KEPT:
             total -= self._kept.pop(next(iter(self._kept))).nbytes
         return value
-
-
-def _other(row: Row, sources: Entries) -> Sequence[Path]:
-    return row.nnx if tuple(sources) == row.linen else row.linen
 
 
 def _described(leaf: Any) -> Any:
