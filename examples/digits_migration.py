@@ -1,8 +1,9 @@
 """The whole way of a Linen model to NNX, on real data.
 
-A Linen classifier learns scikit-learn's digits for some epochs and is saved with Orbax. The
-checkpoint is converted, a native NNX rewrite and a host are filled from it, and training goes on in
-Linen and in both side by side. An HTML report shows the loss curves, which lie on each other.
+A Linen classifier learns scikit-learn's digits for some epochs and is saved with Orbax. An audit
+lists what the move takes; the checkpoint is converted, a native NNX rewrite and a host are filled
+from it, and training goes on in Linen and in both side by side. An HTML report shows the loss
+curves, which lie on each other.
 
     python examples/digits_migration.py --out build/digits_migration
 """
@@ -166,7 +167,8 @@ def main(out: pathlib.Path, before: int = EPOCHS_BEFORE, after: int = EPOCHS_AFT
             losses["Linen"].append(float(value))
     ocp.PyTreeCheckpointer().save(out / "linen", state, force=True)
 
-    # The move.
+    # The move: what it takes, and then the checkpoint.
+    console.print(nnx_bridge.audit.inspect(module, x[:1], train=True))
     flaxlift("convert", out / "linen", out / "nnx", "--force")
     native = NativeClassifier(nnx.Rngs(99))
     host = nnx_bridge.Host.init(module, jax.random.key(99), x[:1], train=False)

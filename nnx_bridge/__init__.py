@@ -1,7 +1,7 @@
 """From Flax Linen to Flax NNX: collections, a host for Linen modules, and proofs of equality."""
 
 import nnx_bridge.functional  # noqa: F401  (makes NNX modules known to lifted)
-from nnx_bridge import audit, compat
+from nnx_bridge import audit, checkpoints, compat
 from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
 from nnx_bridge._linen_rngs import linen_key, linen_rngs
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
@@ -79,6 +79,7 @@ __all__ = [
     "check",
     "check_variables",
     "checkpoint",
+    "checkpoints",
     "collection_name",
     "compare",
     "compat",

@@ -27,9 +27,9 @@ from nnx_bridge.checkpoints._entries import (
 from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import write_msgpack
-from nnx_bridge.checkpoints._plan import Plan
 from nnx_bridge.checkpoints._safetensors import write_safetensors
 from nnx_bridge.checkpoints._source import Source, open_source
+from nnx_bridge.weights import Plan
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,6 +67,7 @@ def convert(
     plan: Plan | None = None,
     unsharded: bool = False,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Conversion:
     """Writes a Linen checkpoint as an NNX one, or an NNX checkpoint as a Linen one.
@@ -92,10 +93,12 @@ def convert(
         gets. Without it, that of the checkpoint that the source was converted from. Without that,
         one that the names suggest; what has left no trace in NNX, such as the empty state at the
         end of an optimizer's chain, is not in it then.
-      plan: Where the NNX model has other names or shapes than Linen's: what converts its variables.
-        By default an NNX path is the Linen path without its collection.
+      plan: Where the NNX model has other names or shapes than Linen's: the plan of
+        `nnx_bridge.match` or `load`. Moments and averages are converted by it too. By default an
+        NNX path is the Linen path without its collection.
       unsharded: Whether arrays are read onto one device, however they were saved.
       force: Whether a destination that exists is replaced.
+      dry_run: Only finds out what would be done, and writes nothing.
       progress: Called with the bytes done, all bytes, and what was done.
 
     Returns:
@@ -132,8 +135,9 @@ def convert(
         done += nbytes
         progress(done, total, what)
 
-    with _published(destination, force) as place:
-        _write(place, destination, made, advance)
+    if not dry_run:
+        with _published(destination, force) as place:
+            _write(place, destination, made, advance)
     arrays = [v for v in made.entries.values() if hasattr(v, "nbytes")]
     return Conversion(
         opened.where,
@@ -165,7 +169,7 @@ def _to_nnx(source: Source, layout: Linen, plan: Plan | None) -> _Made:
     apart = {t[1:]: entries[p] for p, t in where.items() if t and t[0] == RNGS}
     result = {t: entries[p] for p, t in where.items() if t and t[0] != RNGS}
     if plan is not None:
-        result = _plan.apply(plan, result, (_mapping.VALUE,))
+        result = _plan.apply(plan, result, (_mapping.VALUE,), made.model)
     # The streams of an NNX model that this checkpoint was made from.
     result.update({_in_model(p, made): leaf for p, leaf in source.apart.items()})
     return _Made(made, result, apart, {"linen": _structure(source.entries, layout)})
@@ -280,8 +284,9 @@ def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) ->
 def _published(destination: FilePath, force: bool) -> Iterator[FilePath]:
     """Where to write what then becomes the destination, in one step, if all went well."""
     _sweep(destination)
-    folder = destination.parent / f".{destination.name}.flaxlift-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    # Never the same folder twice: writers of a run that failed may still be at work in theirs.
+    name = f".{destination.name}.flaxlift-{os.getpid()}-{time.monotonic_ns()}"
+    folder = destination.parent / name
     try:
         folder.mkdir()
         yield folder / "new"
@@ -309,10 +314,10 @@ def _remove(folder: FilePath) -> None:
 
 
 def _sweep(destination: FilePath) -> None:
-    """Removes what runs for the same destination left that were killed."""
+    """Removes what earlier runs for the same destination left that failed or were killed."""
     for folder in destination.parent.glob(f".{destination.name}.flaxlift-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        pid = folder.name.rpartition(".flaxlift-")[2].partition("-")[0]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 
 

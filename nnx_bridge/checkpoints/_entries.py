@@ -40,6 +40,7 @@ class Stored:
       dtype: its dtype.
       sharding: how it lies on devices, where the checkpoint says so.
       key: what else the reader needs to find it.
+      numpy: whether it was saved as an array of NumPy or of JAX, where that is known.
     """
 
     reader: Reader
@@ -48,6 +49,7 @@ class Stored:
     dtype: Any
     sharding: Any = None
     key: Any = None
+    numpy: bool | None = None
 
     @property
     def nbytes(self) -> int:

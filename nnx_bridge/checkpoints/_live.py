@@ -28,8 +28,8 @@ from nnx_bridge.checkpoints._entries import (
 )
 from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
 from nnx_bridge.checkpoints._mapping import RNGS, VALUE
-from nnx_bridge.checkpoints._plan import Plan
 from nnx_bridge.checkpoints._source import open_source
+from nnx_bridge.weights import Plan
 
 T = TypeVar("T")
 _LIVE = Nnx("nnx_train_state", ("model",), ("optimizer",))
@@ -112,12 +112,13 @@ def to_train_state(
     structure = _entries(like)
     linen = _linen(structure, "like")
     entries = {path: _value(v) for path, v in _targets(model, optimizer).items()}
-    where, _ = _mapping.to_nnx(structure, linen)
+    where, _ = _mapping.to_nnx(structure, linen, plan is not None)
     # Fields that follow the parameters, such as averages of them.
     follow = {target[0] for target in where.values() if target and target[-1] == VALUE}
     for path, leaf in flat(fields) if fields else ():
         entries[(*path, VALUE) if path[0] in follow else path] = leaf
-    result = {**structure, **_mapping.to_linen(entries, _LIVE, structure, linen, plan)}
+    made = _mapping.to_linen(entries, _LIVE, structure, linen, plan)
+    result = {**structure, **dict(zip(made, read_all(list(made.values())), strict=True))}
     return serialization.from_state_dict(like, nested(result))
 
 
@@ -169,7 +170,7 @@ def _fill(
         keys = {t[1:]: entries[p] for p, t in where.items() if t and t[0] == RNGS}
         entries = {t: entries[p] for p, t in where.items() if t and t[0] != RNGS}
         if plan is not None:
-            entries = _plan.apply(plan, entries, (VALUE,))
+            entries = _plan.apply(plan, entries, (VALUE,), made.model)
     else:
         made, keys = layout, {}
         end: Path = (VALUE,) if layout.pure else ()

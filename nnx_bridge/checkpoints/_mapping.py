@@ -30,7 +30,8 @@ from nnx_bridge.checkpoints._entries import (
     written,
 )
 from nnx_bridge.checkpoints._layout import Linen, Nnx, is_rng
-from nnx_bridge.checkpoints._plan import Plan, marked, undo
+from nnx_bridge.checkpoints._plan import marked, undo
+from nnx_bridge.weights import Plan
 
 # Paths under this are kept apart from the rest.
 RNGS = "rngs"

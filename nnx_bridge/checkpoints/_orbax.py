@@ -75,7 +75,8 @@ class OrbaxReader:
                 sharding = None if unsharded else _sharding(leaf.sharding, shardings, folder)
                 kind: Any = np.ndarray if leaf.sharding is None else jax.Array
                 key = (leaf.name, kind)
-                array = Stored(self, path, tuple(leaf.shape), leaf.dtype, sharding, key)
+                numpy = kind is np.ndarray
+                array = Stored(self, path, tuple(leaf.shape), leaf.dtype, sharding, key, numpy)
                 self.entries[path] = array
             else:
                 kind = int if _is_scalar(leaf) else str
@@ -153,8 +154,8 @@ def write(folder: FilePath, entries: Entries, custom: Any, progress: Progress) -
 
 def _from_numpy(array: Stored) -> bool:
     """Whether an array is to be written as one of NumPy: it was, or JAX cannot hold its 64 bits."""
-    if isinstance(array.reader, OrbaxReader):
-        return array.key[1] is np.ndarray
+    if array.numpy is not None:
+        return array.numpy
     return np.dtype(array.dtype) != jax.dtypes.canonicalize_dtype(array.dtype)
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from nnx_bridge.checkpoints import LAYOUTS, CheckpointError, Conversion, convert
+from nnx_bridge.checkpoints import LAYOUTS, CheckpointError, Conversion, convert, describe
 from nnx_bridge.checkpoints._convert import Progress as Report
 from nnx_bridge.checkpoints._orbax import saved_devices
 from nnx_bridge.checkpoints._source import locate
@@ -48,6 +48,10 @@ def convert_command(
     ] = None,
     unsharded: Annotated[
         bool, typer.Option("--unsharded", help="Put sharded arrays onto one device.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what SRC holds and what DST would be; write nothing."),
     ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error came from.")
@@ -82,14 +86,19 @@ def convert_command(
                 plan=None if plan is None else _read_plan(plan),
                 unsharded=unsharded,
                 force=force,
+                dry_run=dry_run,
                 progress=report,
             )
+            if dry_run:
+                Console().print(describe(source, layout=layout, item=item))
     except CheckpointError as error:
         if traceback:
             messages.print_exception()
         messages.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(2) from error
     Console().print(_summary(done))
+    if dry_run:
+        Console().print("nothing was written (--dry-run)")
 
 
 def _read_plan(file: Path) -> Plan:

@@ -18,6 +18,7 @@ from nnx_bridge._collections import Variables
 from nnx_bridge.equivalence._correspondence import Correspondence, Renaming
 from nnx_bridge.equivalence._inputs import is_random
 from nnx_bridge.host import Host, Method, check_linen_module, unhost
+from nnx_bridge.weights import Plan
 
 _ACCEPTED = (
     "a Case, or a tuple (module, args), (module, args, kwargs), (reference, model, args) or "
@@ -44,8 +45,8 @@ class Case:
       model: The model to compare it with, of NNX (a rewrite, a host) or of Linen. Without one, the
         module is compared with itself under `lifted`, and hosted as NNX.
       correspondence: Which path of the module stands for which of the model, where they have other
-        names: a dict of prefixes (`{"Dense_0": "first"}`), a function from path to path, or a
-        `Correspondence`.
+        names: a dict of prefixes (`{"Dense_0": "first"}`), a function from path to path, the `Plan`
+        by which the model was loaded, or a `Correspondence`.
       variables: The module's variables. By default `module.init` makes them from the seed, with the
         arguments of the call.
       check_values: Whether the model must hold the values of `variables` itself. By default it must
@@ -72,7 +73,7 @@ class Case:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _: dataclasses.KW_ONLY
     model: nn.Module | nnx.Module | None = None
-    correspondence: Renaming | Correspondence = None
+    correspondence: Renaming | Correspondence | Plan = None
     variables: Variables | None = None
     check_values: bool | None = None
     randomize: bool = True

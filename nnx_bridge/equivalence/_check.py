@@ -28,12 +28,15 @@ from nnx_bridge.equivalence._correspondence import Correspondence, Paths, arrays
 from nnx_bridge.equivalence._inputs import drawn
 from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results
 from nnx_bridge.equivalence._parting import VALUE, Parting, find
+from nnx_bridge.equivalence._planned import Planned
 from nnx_bridge.equivalence._problem import Data, Problem, failure
 from nnx_bridge.equivalence._report import Report
 from nnx_bridge.equivalence._routes import HostedRoute, LinenRoute
 from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Side
 from nnx_bridge.equivalence._verdict import Row, Verdict, compare_arrays, raised
 from nnx_bridge.host import check_linen_module
+from nnx_bridge.weights import Plan, WeightsError
+from nnx_bridge.weights._leaves import OPTIONAL
 
 _SGD = optax.sgd(0.01, momentum=0.9)
 
@@ -178,6 +181,8 @@ class _Session:
 
     def _correspond(self, problem: Problem, side: Side) -> Correspondence:
         given = self.case.correspondence
+        if isinstance(given, Plan):
+            return _planned(self.case, given, problem, side)
         if isinstance(given, Correspondence):
             return given
         reference = unboxed(problem.side.variables)
@@ -242,6 +247,17 @@ def _model_side(case: Case, problem: Problem, seed: int, training: bool | None) 
     of_model = Case(module, case.args, case.kwargs, method=case.method, rngs=case.rngs)
     side = Problem.make(of_model, seed, training).side
     return dataclasses.replace(side, mutable=problem.mutable)  # type: ignore[type-var]
+
+
+def _planned(case: Case, plan: Plan, problem: Problem, side: Side) -> Correspondence:
+    if not isinstance(side, NnxSide):
+        raise CaseError(f"{case.name}: a plan leads to an NNX module, and {side.name} is none")
+    try:
+        plan.check()
+        plan.check_models(problem.side.variables, case.model, but=OPTIONAL)
+    except WeightsError as error:
+        raise CaseError(f"{case.name}: {error}") from error
+    return Planned(plan, side.places)
 
 
 def _modes(case: Case, seed: int) -> list[bool | None]:

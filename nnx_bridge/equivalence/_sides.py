@@ -21,16 +21,8 @@ from nnx_bridge._collections import Path, Variables, flatten, linen_path, nest
 from nnx_bridge.equivalence._correspondence import merged
 from nnx_bridge.equivalence._recording import Recorder, drawing, streams
 from nnx_bridge.host import Host, Method, unhost
-
-# Arguments and fields by which models are told whether they train, and their values when they do.
-MODES = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "is_train": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
+from nnx_bridge.host._calls import method_of
+from nnx_bridge.host._modes import NAMES, Mode, find_mode
 
 
 class Arguments(NamedTuple):
@@ -102,19 +94,22 @@ class LinenSide:
     def in_mode(self, training: bool | None, arguments: Arguments) -> LinenSide:
         if training is None:
             return self
-        extra = _mode_arguments(self._function(), arguments, training)
-        fields: dict[str, Any] = {}
-        if not extra:
-            fields = {name: MODES[name] is training for name in _mode_fields(self.module)}
-        return dataclasses.replace(
-            self, module=self.module.clone(**fields) if fields else self.module, extra=extra
-        )
+        mode = self._mode(arguments).values(training)
+        fields: dict[str, Any] = {} if mode.arguments else mode.fields
+        module = self.module.clone(**fields) if fields else self.module
+        return dataclasses.replace(self, module=module, extra=mode.arguments)
 
     def has_mode(self, arguments: Arguments) -> bool:
-        return bool(_mode_arguments(self._function(), arguments, True) or _mode_fields(self.module))
+        mode = self._mode(arguments)
+        return bool(mode.arguments or mode.fields)
 
     def own_mode(self, arguments: Arguments) -> bool | None:
         return _given_mode(self._function(), arguments)
+
+    def _mode(self, arguments: Arguments) -> Mode:
+        """What says the mode and is left open; where there are several, all of them."""
+        passed = set(_bound(self._function(), arguments))
+        return find_mode(self.module, method_of(self.module, self.method), NAMES, passed)
 
     def _function(self) -> Callable[..., Any]:
         return linen_function(self.module, self.method)
@@ -156,6 +151,11 @@ class NnxSide:
     def variables(self) -> dict[str, Any]:
         return nest((path, nn.meta.unbox(v.get_value())) for path, (_, v) in self._paths.items())
 
+    @property
+    def places(self) -> dict[Path, Path]:
+        """Where Variables stand in `variables`, by their paths in the module."""
+        return {where: path for path, (where, _) in self._paths.items()}
+
     def __call__(self, variables: Variables, arguments: Arguments, run: Run) -> tuple[Any, Any]:
         given = dict(flatten(variables))
         held = dict(nnx.to_flat_state(self._state))
@@ -183,7 +183,7 @@ class NnxSide:
 
     def has_mode(self, arguments: Arguments) -> bool:
         modules = [module for _, module in nnx.iter_modules(self._model, graph=True)]
-        attributes = any(name in vars(module) for module in modules for name in MODES)
+        attributes = any(name in vars(module) for module in modules for name in NAMES)
         return attributes or bool(_mode_arguments(self._signature(), arguments, True))
 
     def own_mode(self, arguments: Arguments) -> bool | None:
@@ -239,14 +239,14 @@ def _mode_arguments(
 ) -> dict[str, bool]:
     """The arguments of a mode that the call leaves open."""
     given = _bound(function, arguments)
-    named = [name for name in MODES if name in _parameters(function)]
-    return {name: MODES[name] is training for name in named if name not in given}
+    named = [name for name in NAMES if name in _parameters(function)]
+    return {name: NAMES[name] is training for name in named if name not in given}
 
 
 def _given_mode(function: Callable[..., Any], arguments: Arguments) -> bool | None:
     given = _bound(function, arguments)
-    values = [(name, given[name]) for name in MODES if isinstance(given.get(name), bool)]
-    return next((MODES[name] is value for name, value in values), None)
+    values = [(name, given[name]) for name in NAMES if isinstance(given.get(name), bool)]
+    return next((NAMES[name] is value for name, value in values), None)
 
 
 def _bound(function: Callable[..., Any], arguments: Arguments) -> Mapping[str, Any]:
@@ -264,12 +264,8 @@ def _understood(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict
     parameters = _parameters(function)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(kwargs)
-    return {n: x for n, x in kwargs.items() if n not in MODES or n in parameters}
+    return {n: x for n, x in kwargs.items() if n not in NAMES or n in parameters}
 
 
 def _known(function: Callable[..., Any], arguments: Arguments) -> dict[str, Any]:
     return {name: x for name, x in arguments.kwargs.items() if name in _parameters(function)}
-
-
-def _mode_fields(module: nn.Module) -> list[str]:
-    return [field.name for field in dataclasses.fields(module) if field.name in MODES]

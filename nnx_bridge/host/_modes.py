@@ -1,7 +1,8 @@
 """Training and evaluation: which argument or field of a Linen module says which of both it is.
 
 Linen has no mode of its own; every model has its own argument or field for it. It is found by its
-name in the signature of the method that is called, or among the fields of the module.
+name in the signature of the method that is called, or among the fields of the module. Hosts and
+comparisons know the same names.
 """
 
 from __future__ import annotations

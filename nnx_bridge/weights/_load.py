@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lifted._errors import describe, path_text
+from lifted._errors import describe
 from lifted._trees import structure
 from nnx_bridge._collections import Path, Variables
 from nnx_bridge._placement import placed_like
-from nnx_bridge.weights._leaves import flat_state, linen_leaves, nnx_leaves
+from nnx_bridge.weights._leaves import flat_state
 from nnx_bridge.weights._match import match
 from nnx_bridge.weights._order import Calls
 from nnx_bridge.weights._plan import Plan
@@ -97,7 +97,7 @@ def load(
     elif given:
         raise TypeError(f"with a plan, {', '.join(given)} must be left out: they are in the plan")
     else:
-        _check_same(plan, variables, model)
+        plan.check_models(variables, model)
     if dry_run:
         return plan
     new = list(_filled(plan, plan.to_nnx(variables), model, axis_names))
@@ -145,24 +145,6 @@ def _at(values: Mapping[Any, Any], path: Path) -> Any:
     for key in path:
         values = values[key]
     return values
-
-
-def _check_same(plan: Plan, variables: Variables, model: nnx.Module) -> None:
-    """Raises WeightsError where variables or model are not what the plan was made for."""
-    found = {leaf.path: str(leaf) for leaf in linen_leaves(variables)}
-    held = {target.path: str(target) for target in nnx_leaves(model)[0]}
-    wrong = [
-        f"{side}, {path_text(path)}: the plan has {there.get(path, 'nothing')}, came "
-        f"{here.get(path, 'nothing')}"
-        for side, here, there in (
-            ("Linen", found, {leaf.path: str(leaf) for leaf in plan.linen}),
-            ("NNX", held, {target.path: str(target) for target in plan.nnx}),
-        )
-        for path in {**there, **here}
-        if here.get(path) != there.get(path)
-    ]
-    if wrong:
-        raise WeightsError(f"the plan was made for other models:{listed(wrong, len(wrong))}")
 
 
 def _check_outputs(expected: Any, came: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,7 +15,15 @@ from rich.console import RenderableType
 from lifted._errors import is_array, path_text
 from nnx_bridge._collections import Path, Variables, nest
 from nnx_bridge.weights import _plan_json, _plan_table
-from nnx_bridge.weights._leaves import Leaf, Target, linen_values, nnx_values, unboxed
+from nnx_bridge.weights._leaves import (
+    Leaf,
+    Target,
+    linen_leaves,
+    linen_values,
+    nnx_leaves,
+    nnx_values,
+    unboxed,
+)
 from nnx_bridge.weights._problems import (
     Problem,
     Undecided,
@@ -83,6 +91,33 @@ class Plan:
             f"\nThe Linen variables have no collection that the model knows, but "
             f"{', '.join(sorted(ours)[:8])}: parameters alone are written {{'params': parameters}}."
         )
+
+    def check_models(self, variables: Variables, model: Any, *, but: Collection[str] = ()) -> None:
+        """Raises WeightsError where variables or model are not what the plan was made for.
+
+        Args:
+          variables: Linen variables.
+          model: An NNX model.
+          but: Collections that are not looked at.
+        """
+        sides = (
+            ("Linen", linen_leaves(variables), self.linen),
+            ("NNX", nnx_leaves(model, {leaf.collection for leaf in self.linen})[0], self.nnx),
+        )
+        wrong = []
+        for side, came, planned in sides:
+            here, there = (
+                {leaf.path: str(leaf) for leaf in leaves if leaf.collection not in but}
+                for leaves in (came, planned)
+            )
+            wrong += [
+                f"{side}, {path_text(path)}: the plan has {there.get(path, 'nothing')}, came "
+                f"{here.get(path, 'nothing')}"
+                for path in {**there, **here}
+                if here.get(path) != there.get(path)
+            ]
+        if wrong:
+            raise WeightsError(f"the plan was made for other models:{listed(wrong, len(wrong))}")
 
     def replace(self, **changes: Any) -> Plan:
         """The plan with other fields, such as `rows`."""
@@ -220,7 +255,7 @@ def _converted(
 ) -> list[Any]:
     try:
         return convert([read(path) for path in paths])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # JAX and NumPy say it in both ways.
         raise WeightsError(f"{row.text}: {error}") from error
 
 

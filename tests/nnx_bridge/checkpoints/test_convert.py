@@ -15,7 +15,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from nnx_bridge import CheckpointError, convert, load_checkpoint
+from nnx_bridge import CheckpointError, convert, load_checkpoint, match
+from nnx_bridge.weights import Transpose
 from tests.helpers import assert_trees_equal, normal
 from tests.nnx_bridge.checkpoints.files import assert_same_checkpoint, metadata, restore, save
 from tests.nnx_bridge.checkpoints.models import State, initial, native, nnx_optimizer, not_vectors
@@ -261,28 +262,26 @@ def test_a_model_that_is_sharded_stays_so_when_it_is_filled(tmp_path: Path) -> N
     assert_trees_equal(model.kernel[...], normal(2, 8))
 
 
-class _Renaming:
-    """A plan: other names, and kernels the other way round."""
+class _Turned(nnx.Module):
+    """A layer whose kernel lies the other way round."""
 
-    def to_nnx(self, variables: Any) -> Any:
-        names = {"Dense_0": "first", "Dense_1": "second"}
-        return {
-            names[name]: {"weight": _turned(layer["kernel"]), "bias": layer["bias"]}
-            for name, layer in variables["params"].items()
-        }
-
-    def to_linen(self, state: Any) -> Any:
-        names = {"first": "Dense_0", "second": "Dense_1"}
-        return {
-            "params": {
-                names[name]: {"kernel": _turned(layer["weight"]), "bias": layer["bias"]}
-                for name, layer in state.items()
-            }
-        }
+    def __init__(self, n: int, m: int) -> None:
+        self.weight, self.bias = nnx.Param(jnp.zeros((m, n))), nnx.Param(jnp.zeros(m))
 
 
-def _turned(kernel: Any) -> Any:
-    return kernel if isinstance(kernel, optax.MaskedNode) else kernel.T
+class _Other(nnx.Module):
+    """The model of `PARAMS` with other names and kernels."""
+
+    def __init__(self) -> None:
+        self.first, self.second = _Turned(2, 3), _Turned(3, 1)
+
+
+_RULES = [
+    ("Dense_0/kernel", "first/weight", Transpose()),
+    ("Dense_1/kernel", "second/weight", Transpose()),
+    ("Dense_0", "first"),
+    ("Dense_1", "second"),
+]
 
 
 @pytest.mark.parametrize("name", ["adam", "masked", "multi_transform"])
@@ -291,13 +290,14 @@ def test_a_plan_moves_parameters_and_everything_that_follows_them(
 ) -> None:
     tree = _train_state(OPTIMIZERS[name]())
     linen = save(tmp_path / "linen", tree)
-    convert(linen, tmp_path / "nnx", plan=_Renaming())
+    plan = match({"params": PARAMS}, _Other(), _RULES)
+    convert(linen, tmp_path / "nnx", plan=plan)
     made = ocp.PyTreeCheckpointer().restore(tmp_path / "nnx")
     assert_trees_equal(made["model"]["first"]["weight"]["value"], PARAMS["Dense_0"]["kernel"].T)
     moments = jax.tree_util.tree_flatten_with_path(made["optimizer"])[0]
     shapes = [leaf.shape for path, leaf in moments if "'weight'" in jax.tree_util.keystr(path)]
     assert set(shapes) == {(3, 2), (1, 3)}
-    convert(tmp_path / "nnx", tmp_path / "back", plan=_Renaming())
+    convert(tmp_path / "nnx", tmp_path / "back", plan=plan)
     assert_same_checkpoint(tmp_path / "back", linen)
 
 

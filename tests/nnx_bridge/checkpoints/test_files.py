@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from flax import nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.flax import save_file
 
 from nnx_bridge import CheckpointError, convert, load_checkpoint
-from nnx_bridge.checkpoints import _msgpack
+from nnx_bridge.checkpoints import _msgpack, describe
 from nnx_bridge.checkpoints._entries import loaded, nested
 from nnx_bridge.checkpoints._msgpack import MsgpackReader
 from tests.helpers import assert_trees_equal, normal
@@ -186,3 +188,22 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         convert(tmp_path, tmp_path.with_name(f"{tmp_path.name}-nnx"))
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "nnx")
+
+
+def test_a_description_lists_arrays_and_numbers_without_reading_them(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(serialization.to_bytes({"params": PARAMS, "step": 3, "opt_state": {}}))
+    found = describe(file)
+    assert (found.where, found.format, found.layout) == (file, "msgpack", "train_state")
+    arrays = {array.path: (array.shape, array.dtype, array.nbytes) for array in found.arrays}
+    assert arrays == {
+        ("params", "kernel"): ((2, 3), "float32", 24),
+        ("params", "bias"): ((3,), "bfloat16", 6),
+    }
+    assert found.others == ((("step",), 3),) and found.nbytes == 30
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(found)
+    shown = console.export_text()
+    assert "params/bias" in shown and "bfloat16[3]" in shown and "train_state" in shown
+    with pytest.raises(CheckpointError, match="does not exist"):
+        describe(tmp_path / "nowhere")

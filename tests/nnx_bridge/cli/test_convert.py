@@ -93,3 +93,13 @@ def test_the_cpu_stands_for_the_devices_that_arrays_lie_on(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     saved = ocp.PyTreeCheckpointer().metadata(tmp_path / "nnx").item_metadata["w"]["value"]
     assert saved.sharding.to_jax_sharding() == sharding
+
+
+def test_a_dry_run_lists_the_arrays_and_writes_nothing(linen: Path) -> None:
+    result = _run(linen, linen.with_name("nnx"), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "params/w" in result.stdout and "float32[8, 3]" in result.stdout
+    assert "nnx_train_state" in result.stdout and "nothing was written" in result.stdout
+    assert sorted(path.name for path in linen.parent.iterdir()) == ["linen"]
+    linen.with_name("nnx").mkdir()
+    assert _run(linen, linen.with_name("nnx"), "--dry-run").exit_code == 2

@@ -300,3 +300,34 @@ def test_what_is_not_a_number_is_named_with_its_layer() -> None:
     report = compare(nn.Dense(3), Roots(4, 3, rngs=nnx.Rngs(0)), x, seeds=1, steps=1)
     assert report.parting is not None
     assert "are no numbers, and 0 in the reference; the first at (" in report.parting.reason
+
+
+class Inference(nn.Module):
+    """Says the mode in a way that is not Linen's own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inference: bool) -> jax.Array:
+        return nn.Dropout(0.5)(nn.Dense(4)(x), deterministic=inference)
+
+
+class InferenceRewrite(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self) -> None:
+        self.Dense_0 = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.Dense_0(x))
+
+
+def test_the_mode_is_known_by_the_names_that_hosts_know() -> None:
+    report = assert_equivalent(Inference(), InferenceRewrite(), X, seeds=1, steps=1)
+    assert {row.route for row in report.rows} == {"prediction", "training"}
+
+
+def test_a_field_that_is_given_says_the_mode_although_there_is_an_argument() -> None:
+    model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    reference = nn.BatchNorm(use_running_average=True, momentum=0.99)
+    report = assert_equivalent(reference, model, X, seeds=1, steps=1)
+    assert {row.route for row in report.rows} == {"prediction", "training"}
