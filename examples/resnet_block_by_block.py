@@ -1,9 +1,9 @@
 """A Linen ResNet becomes an NNX ResNet, one block after the other, while it trains.
 
 The Linen model is hosted. Between rounds of training one more block is rewritten in NNX, takes the
-weights and statistics of the block that it replaces, and is proved equal to it before it takes its
-place; the optimizer's state goes along. At the end nothing of Linen's blocks is left, and the
-losses are those of the Linen model that was never touched.
+weights and statistics of the block that it replaces, and is compared with it before it takes its
+place. At the end nothing of Linen's blocks is left, and the losses are those of the Linen model
+that was never touched.
 
     python examples/resnet_block_by_block.py
 """
@@ -73,11 +73,12 @@ RULES = [
 
 
 def rewritten(model: nnx_bridge.Host, name: str) -> Block:
-    """The NNX block with the weights of a hosted one, proved equal to it."""
+    """The NNX block with the weights of a hosted one; `load` compares what the two compute."""
     old = getattr(model, name)
     variables = nnx_bridge.to_variables(nnx.state(old))
-    new = Block(old.width, nnx.Rngs(0))
-    nnx_bridge.load(new, variables, rules=RULES)
+    new, x = Block(old.width, nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 16))
+    calls = (lambda v: LinenBlock(old.width).apply(v, x), lambda block: block(x))
+    nnx_bridge.load(new, variables, rules=RULES, calls=calls)
     return new
 
 
