@@ -24,7 +24,7 @@ from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._checks import explain
 from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._layout import bind, given_module
-from nnx_bridge.host._modes import find_mode, given
+from nnx_bridge.host._modes import NAMES, find_mode, given, in_modes
 from nnx_bridge.host._program import Place, Program
 from nnx_bridge.host._replacement import no_replaced_module, replaced_module
 from nnx_bridge.host._replacing import replacing
@@ -67,7 +67,7 @@ def _call_root(root: Level, program: Program, asked: Call, keys: Keys | None) ->
     module, kwargs = _in_mode(program.module, root, asked)
     changeable = program.mutable_collections(asked.mutable, frame.variables)
     try:
-        with _around(program, [frame]):
+        with _around(program, [frame], _own_modes(module, root, [frame], asked)):
             result = module.apply(
                 frame.variables,
                 *asked.args,
@@ -115,7 +115,9 @@ def _call_below(
 
     module = module_at(place.path)
     method = asked.method if asked.method is not None else "__call__"
-    with _around(program, [of.frame for of in opened.values()]), _explained_below(place):
+    frames = [of.frame for of in opened.values()]
+    modes = _own_modes(module, node, frames, asked)
+    with _around(program, frames, modes), _explained_below(place):
         if callable(method):
             output = method(module, *asked.args, **asked.kwargs)
         else:
@@ -210,14 +212,16 @@ def _unbound(place: Place, path: Path) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _around(program: Program, frames: list[Frame]) -> Iterator[None]:
-    """What watches and replaces Linen's modules during a call, where anything does."""
+def _around(program: Program, frames: list[Frame], modes: Mapping[Path, bool]) -> Iterator[None]:
+    """What watches, replaces and sets Linen's modules during a call, where anything does."""
     replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
     with contextlib.ExitStack() as stack:
         if any(frame.records for frame in frames):
             called = stack.enter_context(called_modules())
             for frame in frames:
                 frame.called = called
+        if modes:
+            stack.enter_context(in_modes(modes, program.training))
         if replacements:
             stack.enter_context(replacing(replacements, program.layout))
         elif not program.layout.complete:
@@ -238,6 +242,25 @@ def _in_mode(module: nn.Module, node: Level, asked: Call) -> tuple[nn.Module, di
         fields: dict[str, Any] = dict(values.fields)
         module = module.clone(**fields)
     return module, {**asked.kwargs, **values.arguments}
+
+
+def _own_modes(
+    module: nn.Module, node: Level, frames: list[Frame], asked: Call
+) -> dict[Path, bool]:
+    """The modes of the nodes that they do not get from the module that is called."""
+    place: Place = slots(node)["_linen"]
+    modes = {path: mode for frame in frames for path, mode in frame.modes.items()}
+    modes.pop(place.path, None)
+    if not modes:
+        return modes
+    own = slots(node).get("_linen_mode")
+    if own is not None:
+        method = method_of(module, asked.method)
+        passes = given(method, asked.args, asked.kwargs) & NAMES.keys()
+        mode = find_mode(module, method, place.program.training, passes)
+        if not (passes or mode.arguments or mode.fields):
+            return modes  # A module without a mode has none to pass on.
+    return {path: mode for path, mode in modes.items() if mode != own}
 
 
 def method_of(module: nn.Module, method: Method) -> Callable[..., Any]:

@@ -38,6 +38,11 @@ class Frame:
         found = self._contents.replacements
         return {(*self._path, *p): Replacement((*self._path, *p), m) for p, m in found.items()}
 
+    @property
+    def modes(self) -> dict[Path, bool]:
+        """Whether nodes are in training, where that was said, by their paths in the model."""
+        return {(*self._path, *path): mode for path, mode in self._contents.modes.items()}
+
     def mutable(self, changeable: CollectionFilter) -> CollectionFilter:
         """The filter with which Linen is called."""
         return union_filters(changeable, list(self._captured)) if self._captured else changeable

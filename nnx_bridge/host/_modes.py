@@ -3,17 +3,24 @@
 Linen has no mode of its own; every model has its own argument or field for it. It is found by its
 name in the signature of the method that is called, or among the fields of the module. Hosts and
 comparisons know the same names.
+
+Linen's modules pass the mode on to those below them. A node whose own mode is another one, such as
+a frozen backbone, gets its mode when its parent calls it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from flax import linen as nn
+
+from nnx_bridge._collections import Path
+from nnx_bridge.host._layout import NOT_CALLED, path_of
 
 # The names by which Linen models ask for the mode, with their values in training.
 NAMES = {
@@ -93,3 +100,44 @@ def given(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     """The names of the arguments that a call passes; ``method`` takes the module before them."""
     positional = list(parameters(method))[1 : len(args) + 1]
     return {*positional, *kwargs}
+
+
+@contextlib.contextmanager
+def in_modes(modes: Mapping[Path, bool], chosen: Mapping[str, bool] | None) -> Iterator[None]:
+    """A context in which some modules run in modes of their own.
+
+    Args:
+      modes: whether each is in training, by their paths.
+      chosen: as of `find_mode`.
+    """
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, name = context.module, context.method_name
+        path = path_of(module)
+        if path is None or path not in modes or name in NOT_CALLED:
+            return call(*args, **kwargs)
+        method = getattr(type(module), name)
+        values = find_mode(module, method, chosen).values(modes[path])
+        names = list(parameters(method))[1:]
+        args = tuple(values.arguments.get(n, x) for n, x in zip(names, args, strict=False)) + tuple(
+            args[len(names) :]
+        )
+        rest = {n: x for n, x in values.arguments.items() if n not in names[: len(args)]}
+        with _fields(module, values.fields):
+            return call(*args, **{**kwargs, **rest})
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+@contextlib.contextmanager
+def _fields(module: nn.Module, values: Mapping[str, bool]) -> Iterator[None]:
+    """A bound module with other values of its fields."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        object.__setattr__(module, name, value)  # Linen's modules are frozen.
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

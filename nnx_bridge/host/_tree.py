@@ -52,11 +52,13 @@ class Contents:
       variables: the Variables by their paths in Linen, `(collection, *modules, name)`.
       values: their values, as Linen keeps them.
       replacements: the NNX modules that replace submodules, by the paths of these.
+      modes: whether nodes are in training, by their paths, where that was said.
     """
 
     variables: Items = dataclasses.field(default_factory=list)
     values: list[Any] = dataclasses.field(default_factory=list)
     replacements: dict[Path, nnx.Module] = dataclasses.field(default_factory=dict)
+    modes: dict[Path, bool] = dataclasses.field(default_factory=dict)
     _collections: dict[Any, str] = dataclasses.field(default_factory=dict)
 
     def add(self, path: Path, variable: nnx.Variable[Any]) -> None:
@@ -102,6 +104,9 @@ def contents(root: nnx.Module) -> Contents:
 def _collect(node: Level, path: Path, found: Contents) -> None:
     attributes = slots(node)
     place: Place = attributes["_linen"]
+    training = attributes.get("_linen_mode")
+    if training is not None:
+        found.modes[path] = training
     for attribute, value in attributes.items():
         if attribute in _NO_PARTS:
             continue

@@ -122,3 +122,59 @@ def test_a_model_without_a_mode_is_left_alone() -> None:
     model.train()
     assert model.training_arguments == {}
     assert model(X).shape == (2, 3)
+
+
+class Backbone(nn.Module):
+    """Statistics and noise."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(4)(x))
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+class Tuned(nn.Module):
+    """A backbone and a head that is one, too."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return Backbone(name="head")(Backbone(name="backbone")(x, train), train=train)
+
+
+def test_a_node_keeps_its_own_mode_when_its_parent_runs() -> None:
+    model = Host.init(Tuned(), KEYS, X)
+    model.train()
+    model.backbone.eval()
+    before = nnx_bridge.unhost(model)[1]["batch_stats"]
+    y = model(X, rngs=KEYS)
+    after = nnx_bridge.unhost(model)[1]["batch_stats"]
+    assert_trees_equal(after["backbone"], before["backbone"])
+    assert not jnp.array_equal(after["head"]["norm"]["mean"], before["head"]["norm"]["mean"])
+    assert (y == 0).any() and not (model.backbone(X) == 0).any()
+
+
+def test_a_node_in_training_below_a_model_in_evaluation() -> None:
+    model = Host.init(Tuned(), KEYS, X)
+    model.eval()
+    model.head.train()
+    assert (nnx.jit(lambda model: model(X, rngs=KEYS))(model) == 0).any()
+    model.eval()
+    assert not (nnx.jit(lambda model: model(X, rngs=KEYS))(model) == 0).any()
+
+
+def test_a_layer_keeps_its_own_mode_in_a_field() -> None:
+    model = Host.init(Tuned(), KEYS, X)
+    model.train()
+    model.head.norm.eval()
+    before = nnx_bridge.unhost(model)[1]["batch_stats"]
+    model(X, rngs=KEYS)
+    assert_trees_equal(nnx_bridge.unhost(model)[1]["batch_stats"]["head"], before["head"])
+
+
+def test_a_model_without_a_mode_sets_that_of_its_layers() -> None:
+    model = Host.init(nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=False)]), KEYS, X)
+    assert (model(X, rngs=KEYS) == 0).any()
+    model.eval()
+    assert not (model(X, rngs=KEYS) == 0).any()
+    model.train()
+    assert (model(X, rngs=KEYS) == 0).any()
