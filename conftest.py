@@ -31,7 +31,7 @@ import nnx_bridge  # noqa: E402, F401
 
 settings.register_profile(
     "default",
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     database=DirectoryBasedExampleDatabase(_CACHE / "hypothesis"),
     # Drawing a module traces it, which is slow by the standards of these checks.
