@@ -39,7 +39,7 @@ from nnx_bridge.checkpoints._entries import (
 
 METADATA = "_METADATA"
 # Arrays are in memory together up to this many bytes: large enough to keep the disk busy.
-LIMIT = 32 * 2**20
+LIMIT = 64 * 2**20
 
 Progress = Callable[[int, str], None]  # Bytes more that are done, and what they are.
 
@@ -197,6 +197,7 @@ class _PromisedHandler(ocp.type_handlers.TypeHandler):
         args = args or [ocp.type_handlers.SaveArgs()] * len(values)
         for group in batches(list(zip(values, infos, args, strict=True)), LIMIT, _size):
             loaded = await asyncio.to_thread(_load, group)
+            _give_back_memory()
             _, infos, args = zip(*group, strict=True)
             for commit in await self._handler.serialize(loaded, infos, args):
                 await asyncio.to_thread(commit.result)
