@@ -75,10 +75,7 @@ class Node(Level, metaclass=NodeType):
     @property
     def deterministic(self) -> bool | None:
         """Whether the node is in evaluation mode; None where neither mode was chosen."""
-        training = slots(self).get("_linen_mode")
-        return (
-            slots(self)["_linen"].fields.get("deterministic") if training is None else not training
-        )
+        return self._evaluates("deterministic")
 
     @property
     def use_running_average(self) -> bool | None:
