@@ -118,7 +118,20 @@ class BatchNorm(Norm):
         return self._normalized(x, mean, var, reduced, features)
 
 
-class LayerNorm(Norm):
+class _OverAxes(Norm):
+    """What normalises each example over `reduction_axes`."""
+
+    reduction_axes: Axes
+    feature_axes: Axes
+    _use_mean = True
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        reduced = canonical(x.ndim, self.reduction_axes)
+        mean, var = self._statistics(x, reduced, mask, use_mean=self._use_mean)
+        return self._normalized(x, mean, var, reduced, canonical(x.ndim, self.feature_axes))
+
+
+class LayerNorm(_OverAxes):
     """`flax.linen.LayerNorm`: over several axes, and rounding the result alone to `dtype`.
 
     Args:
@@ -133,9 +146,6 @@ class LayerNorm(Norm):
         ((2, 4, 3), (4, 3))
     """
 
-    reduction_axes: Axes
-    feature_axes: Axes
-
     def __init__(
         self,
         num_features: int | Sequence[int],
@@ -146,13 +156,8 @@ class LayerNorm(Norm):
         axes = fields.get("feature_axes", -1)
         super().__init__(nn.LayerNorm, num_features, axes, fields, rngs)
 
-    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        reduced = canonical(x.ndim, self.reduction_axes)
-        mean, var = self._statistics(x, reduced, mask)
-        return self._normalized(x, mean, var, reduced, canonical(x.ndim, self.feature_axes))
 
-
-class RMSNorm(Norm):
+class RMSNorm(_OverAxes):
     """`flax.linen.RMSNorm`: over several axes, and rounding the result alone to `dtype`.
 
     Args:
@@ -165,8 +170,7 @@ class RMSNorm(Norm):
         [[1.0, 1.0, 1.0]]
     """
 
-    reduction_axes: Axes
-    feature_axes: Axes
+    _use_mean = False
 
     def __init__(
         self,
@@ -177,11 +181,6 @@ class RMSNorm(Norm):
     ) -> None:
         axes = fields.get("feature_axes", -1)
         super().__init__(nn.RMSNorm, num_features, axes, fields, rngs)
-
-    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        reduced = canonical(x.ndim, self.reduction_axes)
-        mean, var = self._statistics(x, reduced, mask, use_mean=False)
-        return self._normalized(x, mean, var, reduced, canonical(x.ndim, self.feature_axes))
 
 
 class GroupNorm(Norm):
