@@ -99,8 +99,7 @@ class OrbaxReader:
 
     def _run(self, reading: Coroutine[Any, Any, Any]) -> Any:
         """Runs what Orbax does asynchronously."""
-        thread, loop = _reading()
-        return thread.submit(loop.run, reading).result()
+        return _reader_thread().submit(asyncio.run, _to_the_end(reading)).result()
 
     def _metadata(self) -> Any:
         with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
@@ -110,14 +109,24 @@ class OrbaxReader:
         return metadata
 
 
-@functools.cache
-def _reading() -> tuple[concurrent.futures.Executor, asyncio.Runner]:
-    """The thread and the loop in which Orbax reads.
+async def _to_the_end(reading: Coroutine[Any, Any, Any]) -> Any:
+    """What is read, once all that reads is done: after a failure the reads beside it go on, and
+    would complain of a loop that is closed."""
+    try:
+        return await reading
+    finally:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
 
-    The caller may be in a loop already, as notebooks are. There is one for all reads, since memory
-    that a thread has freed stays with it.
+
+@functools.cache
+def _reader_thread() -> concurrent.futures.Executor:
+    """The thread in which Orbax reads.
+
+    The caller may be in an event loop already, as notebooks are. There is one thread for all reads,
+    since memory that a thread has freed stays with it.
     """
-    return concurrent.futures.ThreadPoolExecutor(1), asyncio.Runner()
+    return concurrent.futures.ThreadPoolExecutor(1)
 
 
 def is_orbax(folder: FilePath) -> bool:
@@ -134,6 +143,7 @@ def write(folder: FilePath, entries: Entries, custom: Any, progress: Progress) -
       custom: JSON kept with the metadata.
       progress: Called after each group of arrays.
     """
+    failures: list[Exception] = []
     plain = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     # Orbax's own, which also keeps the books that its metadata are made from.
     arrays = ocp.type_handlers.get_type_handler(jax.Array)
@@ -143,13 +153,19 @@ def write(folder: FilePath, entries: Entries, custom: Any, progress: Progress) -
         (str, ocp.type_handlers.StringHandler()),
         (np.ndarray, plain),
         (jax.Array, arrays),
-        (_Array, _PromisedHandler(arrays, progress)),
-        (_Numpy, _PromisedHandler(plain, progress)),
+        (_Array, _PromisedHandler(arrays, progress, failures)),
+        (_Numpy, _PromisedHandler(plain, progress, failures)),
     )
     tree = nested({path: _promised(path, leaf) for path, leaf in entries.items()})
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, custom_metadata=custom))
+    try:
+        with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, custom_metadata=custom))
+    except Exception:
+        if not failures:
+            raise
+    if failures:
+        raise failures[0]
 
 
 def _from_numpy(array: Stored) -> bool:
@@ -178,11 +194,16 @@ class _Numpy(_Promise):
 
 
 class _PromisedHandler(ocp.type_handlers.TypeHandler):
-    """Writes promised arrays with the handler of their type."""
+    """Writes promised arrays with the handler of their type.
 
-    def __init__(self, handler: Any, progress: Progress) -> None:
+    An array that cannot be read goes to `failures`, not to Orbax: that would give up at once and
+    leave the writers of the other types at work in a folder which the caller is about to remove.
+    """
+
+    def __init__(self, handler: Any, progress: Progress, failures: list[Exception]) -> None:
         self._handler = handler
         self._progress = progress
+        self._failures = failures
 
     def typestr(self) -> str:
         return self._handler.typestr()
@@ -196,7 +217,11 @@ class _PromisedHandler(ocp.type_handlers.TypeHandler):
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         args = args or [ocp.type_handlers.SaveArgs()] * len(values)
         for group in batches(list(zip(values, infos, args, strict=True)), LIMIT, _size):
-            loaded = await asyncio.to_thread(_load, group)
+            try:
+                loaded = await asyncio.to_thread(_load, group)
+            except Exception as error:
+                self._failures.append(error)
+                break
             _give_back_memory()
             _, infos, args = zip(*group, strict=True)
             for commit in await self._handler.serialize(loaded, infos, args):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,26 @@ def test_every_damage_to_an_orbax_checkpoint_is_named_or_without_effect(linen: P
             (linen / name).write_bytes(data)
     assert named >= len(files)
     assert content(linen) == files
+
+
+def test_a_source_that_fails_midway_leaves_no_writer_at_work(
+    linen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    load = _orbax._load
+
+    def one_fails_and_one_is_slow(group: Any) -> Any:
+        if isinstance(group[0][0], _orbax._Numpy):
+            raise CheckpointError("unreadable")
+        time.sleep(0.3)
+        written.append(group)
+        return load(group)
+
+    monkeypatch.setattr(_orbax, "_load", one_fails_and_one_is_slow)
+    with pytest.raises(CheckpointError, match="unreadable"):
+        convert(linen, linen.with_name("nnx"))
+    assert written
+    assert [p.name for p in linen.parent.iterdir()] == ["linen"]
 
 
 _WORKER = """
