@@ -27,7 +27,7 @@ help:
 	@echo "make bench              the benchmarks, with their claims checked"
 	@echo "make bench-accelerator  the benchmarks on whatever jax.devices() offers"
 	@echo "make docs               the guides and the API reference as a site, in build/site"
-	@echo "make demo               flaxlift check on two published Linen models"
+	@echo "make demo               a digits classifier trained in Linen, moved to NNX and trained on, as a report"
 	@echo "make clean              remove environments and caches"
 
 $(BIN)/python:
