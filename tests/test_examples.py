@@ -41,6 +41,13 @@ def test_forces_are_learnt_through_the_gradient_of_the_energy() -> None:
     assert energy_and_forces.main(steps=150) < 0.8
 
 
+def test_the_score_is_learnt_from_samples() -> None:
+    from examples import score_matching
+
+    assert score_matching.main(steps=1)[0] > 0.8
+    assert score_matching.main(steps=200)[0] < 0.5
+
+
 def test_the_laplace_approximation_doubts_what_is_far_from_the_data() -> None:
     from examples import laplace
 
