@@ -42,6 +42,16 @@ def marked(collection: str, path: Path) -> Path:
     return (_PLANNED, collection, *path)
 
 
+def unmarked(plan: Plan | None, path: Path) -> Path:
+    """A path for messages: of what is marked, its place in NNX, or in Linen if it has none."""
+    if plan is None or _PLANNED not in path:
+        return path
+    at = path.index(_PLANNED)
+    above, linen = path[:at], path[at + 1 :]
+    places = (r.nnx[0] for r in plan.rows if r.nnx and {linen, linen[:-1]} & {*r.linen})
+    return (*above, *next(places, linen))
+
+
 def apply(plan: Plan, entries: Entries, value: Path, model: Path) -> dict[Path, Any]:
     """The entries with what is marked in its place in NNX.
 
@@ -161,17 +171,18 @@ class _Rows:
         self, stream: _Stream, row: Row, sources: Entries, targets: Iterable[Path], at: Path
     ) -> Iterator[tuple[Path, Any]]:
         """What a row makes of the sources, of which no array is read, with its paths."""
-        if isinstance(row.layout, Copy) and row.linen_axis is None and row.nnx_axis is None:
-            # In the same order on both sides.
-            yield from zip(targets, sources.values(), strict=True)
-            return
         task = _Task(stream, row, sources, at)
         if not row.nnx:
             # Nothing will be read of what NNX has no place for, but it must be looked at.
             yield from task.run(read_all(list(sources.values()))).items()
             return
         numpy = all(map(_from_numpy, sources.values()))
-        for path, leaf in task.run(map(_described, sources.values())).items():
+        made = task.run(map(_described, sources.values()))
+        if isinstance(row.layout, Copy) and _same_dtypes(made.values(), sources.values()):
+            # In the same order on both sides.
+            yield from zip(targets, sources.values(), strict=True)
+            return
+        for path, leaf in made.items():
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 leaf = Stored(
                     self, (*at, *path), leaf.shape, leaf.dtype, key=(task, path), numpy=numpy
@@ -195,6 +206,13 @@ class _Rows:
 
 def _described(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+
+
+def _same_dtypes(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
+    return all(
+        getattr(a, "dtype", None) == getattr(b, "dtype", None)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _from_numpy(leaf: Any) -> bool:

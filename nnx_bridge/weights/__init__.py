@@ -17,6 +17,7 @@ from nnx_bridge.weights._problems import Problem, Undecided, WeightsError
 from nnx_bridge.weights._registry import Part, register_layout
 from nnx_bridge.weights._row import Certainty, Row
 from nnx_bridge.weights._rules import Rule
+from nnx_bridge.weights._stacked import Stacked
 
 __all__ = [
     "Absent",
@@ -32,6 +33,7 @@ __all__ = [
     "Reshape",
     "Row",
     "Rule",
+    "Stacked",
     "Target",
     "Transpose",
     "Undecided",

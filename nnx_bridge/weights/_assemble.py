@@ -8,10 +8,11 @@ from typing import Any
 
 from lifted._errors import path_text
 from nnx_bridge.weights._layouts import Absent, Copy, Layout
+from nnx_bridge.weights._pairs import Pair
 from nnx_bridge.weights._problems import Undecided
 from nnx_bridge.weights._row import Certainty, Row
-from nnx_bridge.weights._search import Pair
-from nnx_bridge.weights._slots import Piece
+from nnx_bridge.weights._slots import Level, Piece, layer_shape
+from nnx_bridge.weights._stacked import Stacked
 
 
 def assembled(pairs: Iterable[Pair]) -> tuple[list[Row], list[Undecided]]:
@@ -34,30 +35,36 @@ def assembled(pairs: Iterable[Pair]) -> tuple[list[Row], list[Undecided]]:
 
 def _row(pairs: list[Pair], pieces: list[Piece]) -> Row:
     first = pairs[0]
-    layers = max(len(first.linen.sources), len(pieces))
     # One of both sides may be a list, whose layers come one after the other.
     lists = [[pair.linen.sources[i] for pair in pairs] for i in range(len(first.linen.sources))]
     order = list(Certainty)
     worst = max(pairs, key=lambda pair: order.index(pair.certainty))
     layout = pieces[0].part.layout if isinstance(first.layout, Copy) else first.layout
+    layout = _sized(layout, lists[0][0], first.nnx.stack)
+    # The side that is looked at as a stack is the list.
+    ours, theirs = bool(first.linen.stack), bool(first.nnx.stack)
+    for depth, (length, axis) in enumerate(first.linen.stack):
+        # The layout of a stack along other than its first axis is that of each layer, see `_slots`.
+        if isinstance(layout, Stacked) and layout.nnx_axis is not None:
+            rank = len(pieces[0].targets[0].shape or ()) - depth
+            if (length, axis % rank) == (layout.count, layout.nnx_axis % rank):
+                layout = layout.layout
+    for length, axis in reversed(first.linen.stack or first.nnx.stack):
+        layout = Stacked(layout, length, None if ours else axis, None if theirs else axis)
     return Row(
         linen=tuple(leaf.path for leaves in lists for leaf in leaves),
         nnx=tuple(target.path for piece in pieces for target in piece.targets),
-        layout=_sized(layout, lists[0][0], first.nnx.axis),
-        count=layers,
-        linen_axis=first.nnx.axis,
-        nnx_axis=first.linen.axis,
+        layout=layout,
         certainty=worst.certainty,
         why=worst.why,
     )
 
 
-def _sized(layout: Layout, leaf: Any, axis: int | None) -> Layout:
+def _sized(layout: Layout, leaf: Any, stack: tuple[Level, ...]) -> Layout:
     """What is absent in NNX has the shape that one layer of Linen has."""
     if not isinstance(layout, Absent):
         return layout
-    shape = leaf.shape if axis is None else (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
-    return dataclasses.replace(layout, shape=shape, dtype=leaf.dtype)
+    return dataclasses.replace(layout, shape=layer_shape(leaf.shape, stack) or (), dtype=leaf.dtype)
 
 
 def _incomplete(group: dict[int, Pair], pieces: list[Piece]) -> Undecided:

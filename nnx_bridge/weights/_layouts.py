@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from lifted._errors import describe, suggestion
-from nnx_bridge.weights._arrays import compute, holds_array
+from lifted._errors import describe
+from nnx_bridge.weights._arrays import compute
 
 Names = tuple[Any, ...] | None  # The names of an array's axes, as `nn.Partitioned` has them.
 Arrays = Sequence[Any]
@@ -198,7 +198,8 @@ class Absent:
         return "must be zero"
 
 
-_CUSTOM: dict[str, Custom] = {}
+# The layouts of users by their names, for plans that are read from files.
+CUSTOM: dict[str, Custom] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Custom:
     kind: ClassVar[str] = "custom"
 
     def __post_init__(self) -> None:
-        _CUSTOM[self.name] = self
+        CUSTOM[self.name] = self
 
     def to_nnx(self, values: Arrays) -> list[Any]:
         return compute(lambda xp, xs: list(self.linen_to_nnx(list(xs))), values)
@@ -237,53 +238,3 @@ class Custom:
 
     def __str__(self) -> str:
         return self.name
-
-
-_KINDS: Mapping[Any, Any] = {
-    cls.kind: cls for cls in (Copy, Transpose, Reshape, Concatenate, Absent)
-}
-
-
-def layout_to_json(layout: Layout) -> dict[str, Any]:
-    """A layout as plain data."""
-    if isinstance(layout, Custom):
-        return {"kind": layout.kind, "name": layout.name}
-    return {"kind": layout.kind, **vars(layout)}
-
-
-def layout_from_json(data: Mapping[str, Any]) -> Layout:
-    """The inverse of `layout_to_json`.
-
-    Raises:
-      ValueError: The kind is unknown, or the name of a `Custom` layout that was not made yet.
-    """
-    kind = data.get("kind")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
-    if kind == Custom.kind:
-        name = str(data.get("name"))
-        if name not in _CUSTOM:
-            raise ValueError(
-                f"the plan uses the layout {name!r}; make it first, with Custom({name!r}, ...); "
-                f"{suggestion(name, _CUSTOM)}"
-            )
-        return _CUSTOM[name]
-    if kind not in _KINDS:
-        raise ValueError(f"unknown kind of layout {kind!r}; {suggestion(kind, _KINDS)}")
-    layout: Layout = _KINDS[kind](**fields)
-    return layout
-
-
-def apply(function: Callable[[Arrays], list[Any]], values: Arrays, count: int) -> list[Any]:
-    """`function(values)`; where no value is an array, that value for each of `count` results.
-
-    An optimizer with a mask has `optax.MaskedNode()` in the place of what it does not update.
-
-    Raises:
-      ValueError: Some are arrays and some are not.
-    """
-    if not values or all(map(holds_array, values)):
-        return function(values)
-    if any(map(holds_array, values)):
-        found = ", ".join(map(describe, values))
-        raise ValueError(f"expected arrays, or none of them an array, got {found}")
-    return list(values) if len(values) == count else [values[0]] * count

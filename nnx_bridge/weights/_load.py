@@ -18,7 +18,7 @@ from nnx_bridge.weights._leaves import flat_state
 from nnx_bridge.weights._match import match
 from nnx_bridge.weights._order import Calls
 from nnx_bridge.weights._plan import Plan
-from nnx_bridge.weights._problems import WeightsError, cast_to, listed
+from nnx_bridge.weights._problems import WeightsError, listed
 
 # How far outputs may differ after a load, in roundings of the largest value: wide enough for layers
 # that compute the same by other means, far below what a wrong weight does.
@@ -128,8 +128,6 @@ def _filled(
         held = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
         # A number of Python stays one.
         if hasattr(value, "dtype"):
-            if str(value.dtype) != targets[path].dtype:  # Allowed by name, or it was a problem.
-                value = cast_to(value, targets[path].dtype)
             if not isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer):
                 value = placed_like(value, held)
         if not isinstance(leaf, nnx.Variable):

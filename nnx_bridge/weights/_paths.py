@@ -85,6 +85,22 @@ def canonical(path: Path) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((token.name, token.numbers) for token in tokens(path))
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def number_keys(path: Path) -> tuple[tuple[int, ...], ...]:
+    """For each number of each token, the place of the key in the path that it is in.
+
+    Example:
+        >>> number_keys(("layers", 0, "up_1", "kernel"))
+        ((1,), (2,), ())
+    """
+    found = [
+        (end - 1, ("", (part,)) if isinstance(part, int) else split_name(part))
+        for part, end in parts(path)
+    ]
+    keys = iter(key for key, (_, numbers) in found for _ in numbers)
+    return tuple(tuple(next(keys) for _ in token.numbers) for token in tokens(path))
+
+
 def leaf_name(key: Any) -> str:
     """The name of a variable without what it is written with.
 

@@ -28,6 +28,7 @@ from nnx_bridge.weights._problems import (
     Problem,
     Undecided,
     WeightsError,
+    cast_to,
     find_problems,
     listed,
     nearest,
@@ -130,6 +131,8 @@ class Plan:
         `jax.ShapeDtypeStruct`, or anything else in the place of arrays that are only copied. Boxes
         are opened. What has no array at its leaves, such as `optax.MaskedNode()`, is kept.
 
+        What `cast` allows gets the dtype of the other side, and so do moments of that dtype.
+
         Args:
           variables: Nested dicts by collection. Collections may be left out as a whole.
 
@@ -191,7 +194,9 @@ class Plan:
         """
         self.check()
         for row in self.rows if rows is None else rows:
-            yield from zip(row.nnx, _converted(row, row.linen, read, row.to_nnx), strict=True)
+            values = _converted(row, row.linen, read, row.to_nnx)
+            ours, theirs = self._dtypes(row)
+            yield from zip(row.nnx, (_cast(v, ours, theirs) for v in values), strict=True)
 
     def stream_to_linen(
         self, read: Callable[[Path], Any], rows: Iterable[Row] | None = None
@@ -199,7 +204,20 @@ class Plan:
         """The inverse of `stream_to_nnx`: paths in Linen and their values, without boxes."""
         self.check()
         for row in self.rows if rows is None else rows:
-            yield from zip(row.linen, _converted(row, row.nnx, read, row.to_linen), strict=True)
+            values = _converted(row, row.nnx, read, row.to_linen)
+            ours, theirs = self._dtypes(row)
+            yield from zip(row.linen, (_cast(v, theirs, ours) for v in values), strict=True)
+
+    def _dtypes(self, row: Row) -> tuple[str, str]:
+        """The dtypes of a row on both sides, which differ where `cast` lets them."""
+        linen, nnx = self._dtype_of
+        ours = linen[row.linen[0]]
+        return ours, nnx[row.nnx[0]] if row.nnx else ours
+
+    @functools.cached_property
+    def _dtype_of(self) -> tuple[dict[Path, str], dict[Path, str]]:
+        linen, nnx = ({leaf.path: leaf.dtype for leaf in side} for side in (self.linen, self.nnx))
+        return linen, nnx
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON data."""
@@ -257,6 +275,13 @@ def _converted(
         return convert([read(path) for path in paths])
     except (ValueError, TypeError) as error:  # JAX and NumPy say it in both ways.
         raise WeightsError(f"{row.text}: {error}") from error
+
+
+def _cast(value: Any, came: str, wanted: str) -> Any:
+    """A value in the dtype of the other side, if it has that of its own; moments may not."""
+    if came == wanted or str(getattr(value, "dtype", wanted)) != came:
+        return value
+    return cast_to(value, wanted)
 
 
 def _described(value: Any) -> Any:

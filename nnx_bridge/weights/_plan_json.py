@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from lifted._errors import describe, path_text
 from nnx_bridge._collections import Path
-from nnx_bridge.weights._layouts import layout_from_json, layout_to_json
+from nnx_bridge.weights._layout_json import layout_from_json, layout_to_json
 from nnx_bridge.weights._leaves import Leaf, Target
 from nnx_bridge.weights._problems import Undecided
 from nnx_bridge.weights._row import Certainty, Row
@@ -90,19 +90,14 @@ def loads(cls: type[Plan], text: str, where: str) -> Plan:
 def _row_to_json(row: Row) -> dict[str, Any]:
     data: dict[str, Any] = {"linen": _paths(row.linen), "nnx": _paths(row.nnx)}
     data["layout"] = layout_to_json(row.layout)
-    if row.count != 1 or row.linen_axis is not None or row.nnx_axis is not None:
-        data |= {"count": row.count, "linen_axis": row.linen_axis, "nnx_axis": row.nnx_axis}
     return {**data, "certainty": row.certainty.value, "why": row.why}
 
 
 def _row(data: Mapping[str, Any]) -> Row:
-    axes = {key: data[key] for key in ("count", "linen_axis", "nnx_axis") if key in data}
     layout = layout_from_json(data.get("layout", {"kind": "copy"}))
     certainty = Certainty(data.get("certainty", Certainty.RULE.value))
     why = data.get("why", "")
-    return Row(
-        _tuples(data["linen"]), _tuples(data["nnx"]), layout, **axes, certainty=certainty, why=why
-    )
+    return Row(_tuples(data["linen"]), _tuples(data["nnx"]), layout, certainty, why)
 
 
 def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def table(plan: Plan) -> RenderableType:
             Text(_side([path for row in group for path in row.linen])),
             Text(_side([path for row in group for path in row.nnx]) or "(nothing)"),
             Text(array + (f" × {len(row.linen)}" if len(row.linen) > 1 else "")),
-            row.layout_text,
+            str(row.layout),
             certainty,
             style=_STYLES.get(row.certainty),
         )
@@ -60,9 +60,6 @@ def _groups(rows: Sequence[Row], shapes: Mapping[Path, str]) -> list[list[Row]]:
             repr(name),
             array,
             row.layout,
-            row.count,
-            row.linen_axis,
-            row.nnx_axis,
             row.certainty,
         )
         groups.setdefault(key, []).append(row)

@@ -192,7 +192,7 @@ def _of_row(
     if unknown:
         return
     came: list[Any] = [linen[path] for path in row.linen]
-    if not (isinstance(row.layout, Copy) and row.count == 1):
+    if not isinstance(row.layout, Copy):
         try:
             arrays = row.to_nnx([leaf.abstract for leaf in came])
             if len(arrays) != len(row.nnx):

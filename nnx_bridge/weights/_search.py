@@ -17,9 +17,11 @@ import numpy as np
 
 from nnx_bridge._collections import Path
 from nnx_bridge.weights._assign import FORBIDDEN, assign
-from nnx_bridge.weights._layouts import Copy, Layout, Reshape, Transpose
+from nnx_bridge.weights._fits import Fits
+from nnx_bridge.weights._layouts import Copy, Layout
 from nnx_bridge.weights._order import Orders
-from nnx_bridge.weights._paths import canonical, leaf_name
+from nnx_bridge.weights._pairs import SCATTERED, SQUARE, Pair, scattered, squares
+from nnx_bridge.weights._paths import canonical
 from nnx_bridge.weights._problems import Undecided
 from nnx_bridge.weights._row import Certainty
 from nnx_bridge.weights._similarity import similarities, words
@@ -32,9 +34,7 @@ from nnx_bridge.weights._units import (
     by_shapes,
     by_size,
     by_sizes,
-    is_merged,
     leaf_paths,
-    module_of,
     modules,
     partners,
     path_of,
@@ -48,21 +48,8 @@ _NUMBER_BESIDE_ORDER = 0.05
 _ORDER = 0.1
 # From this likeness on it is the names that speak for a pair.
 _ALIKE = 0.5
-# Packages whose layers keep their arrays as Linen's do.
-_KNOWN = ("flax", "nnx_bridge", "layers")
 _RULE = "equally good for all that is known: write a rule"
 _ADVICE = f"{_RULE}, or pass calls=(Linen's, NNX's) so that the order of use decides"
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A slot of Linen and the slot of NNX that it fills."""
-
-    linen: Slot
-    nnx: Slot
-    certainty: Certainty
-    why: str = ""
-    layout: Layout = Copy()
 
 
 class Search:
@@ -85,6 +72,7 @@ class Search:
         self._linen = dict.fromkeys(linen)
         self._nnx = dict.fromkeys(nnx)
         self._classes = classes
+        self._fits = Fits(classes)
         self._orders = orders
 
     def run(self, stack_axis: int | Mapping[str, int] | None) -> None:
@@ -93,13 +81,13 @@ class Search:
         self._same_paths(canonical)
         self._collapse(stack_axis)
         self._same_paths(canonical)
+        self._same_paths_of_other_layout()
         self._assign(modules, by_shapes, None)
-        self._assign(modules, by_sizes, self._by_layout)
+        self._assign(modules, by_sizes, self._fits.between)
         self._assign(singles, lambda unit: signature(unit[0]), by_name)
-        self._assign(singles, by_size, self._by_layout)
+        self._assign(singles, by_size, self._fits.between)
         self._different_shapes()
-        self._doubt_scattered()
-        self._doubt_squares()
+        self._doubt()
 
     def _same_paths(self, name: Callable[[Path], Hashable]) -> None:
         """Pairs slots of the same path, collection and shape."""
@@ -114,6 +102,17 @@ class Search:
             if counts[0][key] == counts[1][key] == 1:
                 self._pair(Pair(slot, partners[key], Certainty.EQUAL))
 
+    def _same_paths_of_other_layout(self) -> None:
+        """Pairs slots of the same path whose arrays lie otherwise."""
+        theirs: dict[Hashable, list[Slot]] = defaultdict(list)
+        for slot in self._nnx:
+            theirs[slot.zone, slot.collection, canonical(slot.path)].append(slot)
+        for slot in list(self._linen):
+            partners = theirs.get((slot.zone, slot.collection, canonical(slot.path)), [])
+            how = self._fits.between(slot, partners[0]) if len(partners) == 1 else None
+            if how is not None:
+                self._pair(Pair(slot, partners.pop(), Certainty.EQUAL, layout=how))
+
     def _pair(self, pair: Pair) -> None:
         if pair.linen.zone is not None:
             pair = dataclasses.replace(pair, certainty=Certainty.RULE)
@@ -122,8 +121,11 @@ class Search:
 
     def _collapse(self, axis: int | Mapping[str, int] | None) -> None:
         """Looks at lists as stacks."""
-        nnx, lists_of_nnx = collapse(list(self._nnx), list(self._linen), axis)
-        linen, lists_of_linen = collapse(list(self._linen), nnx, axis)
+        ours, kind, layout = list(self._linen), self._fits.kind, self._fits.of_layers
+        nnx, lists_of_nnx = collapse(
+            list(self._nnx), ours, lambda x, a, y, b: layout(y, b, x, a), kind, axis
+        )
+        linen, lists_of_linen = collapse(ours, nnx, layout, kind, axis)
         self._nnx, self._linen = dict.fromkeys(nnx), dict.fromkeys(linen)
         for unknown in lists_of_nnx:
             self._undecide(_taken(self._linen, unknown), unknown.slots, _which_axis(unknown))
@@ -209,26 +211,6 @@ class Search:
         ranks = {first: i for i, first in enumerate(sorted(set(firsts)))}
         return np.array([float(ranks[first]) for first in firsts])
 
-    def _by_layout(self, ours: Slot, theirs: Slot) -> Layout | None:
-        """How one array becomes another of a different shape, if the shapes leave no doubt."""
-        simple = isinstance(theirs.sources[0][0].part.layout, Copy)
-        if not simple or ours.axis is not None or theirs.axis is not None:
-            return Copy() if ours.shape == theirs.shape else None
-        if ours.shape is None or theirs.shape is None or by_name(ours, theirs) is None:
-            return None
-        if ours.shape == theirs.shape:
-            return Copy()
-        if is_merged(ours.shape, theirs.shape) or is_merged(theirs.shape, ours.shape):
-            return Reshape(ours.shape, theirs.shape)
-        if len(ours.shape) == 2 and ours.shape == theirs.shape[::-1] and self._of_user(theirs):
-            return Transpose()
-        return None
-
-    def _of_user(self, slot: Slot) -> bool:
-        """Whether an array is in a layer whose layout is not known, as that of Flax's layers is."""
-        cls = self._classes.get(slot.path[:-1])
-        return cls is not None and cls.__module__.partition(".")[0] not in _KNOWN
-
     def _different_shapes(self) -> None:
         """Pairs what has the same path though not the same shape, so that the error shows both."""
         partners = {(slot.collection, canonical(slot.path)): slot for slot in self._nnx}
@@ -237,40 +219,16 @@ class Search:
             if partner is not None:
                 self._pair(Pair(slot, partner, Certainty.EQUAL))
 
-    def _doubt_scattered(self) -> None:
-        """Takes single arrays back that tie modules together crosswise.
+    def _doubt(self) -> None:
+        """Takes back what only seemed to belong together."""
+        for pair in scattered(self.pairs):
+            self._take_back(pair, SCATTERED)
+        for pair in squares(self.pairs, self._fits):
+            self._take_back(pair, SQUARE)
 
-        The kernel of one layer must not go where the bias of another goes, only because of its
-        shape.
-        """
-        guessed = [p for p in self.pairs if p.certainty not in (Certainty.RULE, Certainty.EQUAL)]
-        targets, origins = defaultdict(set), defaultdict(set)
-        for pair in guessed:
-            ours, theirs = module_of(pair.linen), module_of(pair.nnx)
-            targets[ours].add(theirs)
-            origins[theirs].add(ours)
-        for pair in guessed:
-            ours, theirs = module_of(pair.linen), module_of(pair.nnx)
-            if len(targets[ours]) > 1 and len(origins[theirs]) > 1:
-                self.pairs.remove(pair)
-                why = "by their shapes they belong together, by those beside them not: write a rule"
-                self._undecide([pair.linen], [pair.nnx], why)
-
-    def _doubt_squares(self) -> None:
-        """Takes square arrays of classes back of which other arrays were transposed."""
-        turned = {self._layer(p.nnx) for p in self.pairs if isinstance(p.layout, Transpose)}
-        for pair in [p for p in self.pairs if turned and self._layer(p.nnx) in turned]:
-            shape = pair.linen.shape
-            if shape is not None and len(shape) == 2 and shape[0] == shape[1]:
-                self.pairs.remove(pair)
-                why = (
-                    "other arrays of this class are transposed, which nobody can see of a square "
-                    "one: write a rule with the layout Transpose() or Copy()"
-                )
-                self._undecide([pair.linen], [pair.nnx], why)
-
-    def _layer(self, slot: Slot) -> tuple[type | None, str]:
-        return self._classes.get(slot.path[:-1]), leaf_name(slot.path[-1])
+    def _take_back(self, pair: Pair, why: str) -> None:
+        self.pairs.remove(pair)
+        self._undecide([pair.linen], [pair.nnx], why)
 
 
 def _taken(slots: dict[Slot, None], unknown: UnknownAxis) -> list[Slot]:
@@ -282,9 +240,11 @@ def _taken(slots: dict[Slot, None], unknown: UnknownAxis) -> list[Slot]:
 
 
 def _which_axis(unknown: UnknownAxis) -> str:
+    where, axes = unknown.where, unknown.axes
+    fitting = tuple(a[0] for a in axes) if len(where) == 1 else axes
     return (
-        f"{unknown.where} is a stack on one side, and a list on the other; the shapes fit the axes "
-        f"{unknown.axes}: say which with stack_axis={{{unknown.where!r}: {unknown.axes[0]}}}"
+        f"{where[0]} is a stack on one side, and a list on the other; the shapes fit the axes "
+        f"{fitting}: say which with stack_axis={dict(zip(where, axes[0], strict=True))}"
     )
 
 

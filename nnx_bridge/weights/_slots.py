@@ -7,16 +7,27 @@ remains is to find, for each slot of NNX, the slot of Linen with the same shape 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path
-from nnx_bridge.weights._layouts import Copy, Names
+from nnx_bridge.weights._layouts import Copy, Layout, Names
 from nnx_bridge.weights._leaves import Leaf, Target
-from nnx_bridge.weights._registry import Part, Parts, known_parts
+from nnx_bridge.weights._registry import Part, Parts, Shapes, known_parts
+from nnx_bridge.weights._stacked import Stacked
+
+Shape = tuple[int, ...] | None  # None for what is no array.
+
+
+class Level(NamedTuple):
+    """One level of a stack: how many layers, and the axis that tells them apart."""
+
+    length: int
+    axis: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,24 +56,40 @@ class Slot:
       sources: On the side of Linen, the leaves that it is made of; on that of NNX, pieces with the
         place of the array among their Linen arrays. There are several for a list that is looked at
         as a stack.
-      axis: The axis of that stack; None for what is no list.
-      origin: Of such a list, the path of the array in the first layer.
+      stack: The levels of that stack, the outermost first; empty for what is no list.
+      layer: Of such a list, the shape that the array has in each layer.
+      origin: The same for its path in the first layer.
       zone: The target of the user's rule that the slot falls under, which it must not leave.
     """
 
     path: Path
     collection: str
-    shape: tuple[int, ...] | None
+    shape: Shape
     dtype: str
     names: Names
     sources: tuple[Any, ...]
-    axis: int | None = None
+    stack: tuple[Level, ...] = ()
+    layer: Shape = None
     origin: Path | None = None
     zone: Path | None = None
 
     @property
     def text(self) -> str:
         return path_text((self.collection, *self.path))
+
+    def layer_of(self, stack: tuple[Level, ...]) -> Shape:
+        """The shape of one layer, where the array is a stack of such levels, or None."""
+        return self.layer if self.stack else layer_shape(self.shape, stack)
+
+
+def layer_shape(shape: Shape, stack: Iterable[Level]) -> Shape:
+    """A shape without the axes of a stack; None where it has no such axes of these lengths."""
+    for length, axis in stack:
+        if shape is None or not -len(shape) <= axis < len(shape) or shape[axis] != length:
+            return None
+        axis %= len(shape)
+        shape = (*shape[:axis], *shape[axis + 1 :])
+    return shape
 
 
 def linen_slot(leaf: Leaf, path: Path | None = None, zone: Path | None = None) -> Slot:
@@ -100,13 +127,64 @@ def _chosen(
     """The parts of the first choice whose arrays Linen has somewhere, together."""
     numbers = {p: t for p, t in inside.items() if t.shape is not None and t.dtype[:4] != "key<"}
     shapes = {path: target.abstract for path, target in numbers.items()}
-    expansions = [list(parts(shapes)) for parts in choices]
+    expansions = [_expanded(parts, shapes) for parts in choices]
     for parts in expansions:
         if _somewhere([path for part in parts for path in part.linen], linen):
             return parts
     # The same arrays in Linen as in NNX: nothing to take apart.
     changed = [p for parts in expansions for part in parts for p in part.nnx]
     return [] if _somewhere(changed, linen) else expansions[0]
+
+
+def _expanded(parts: Parts, shapes: Shapes) -> list[Part]:
+    """The parts of a layer, or of a stack of layers.
+
+    Layouts count axes from the end, so those of one layer are those of a stack along its first
+    axis too. Along other axes each layer is taken by itself.
+    """
+    for stack in ((), *_stacks(shapes)):
+        layers = {p: layer_shape(x.shape, stack) for p, x in shapes.items()}
+        if not all(layers.values()) and stack:
+            continue
+        abstract = {p: jax.ShapeDtypeStruct(layers[p] or (), x.dtype) for p, x in shapes.items()}
+        found = list(parts(abstract))
+        if all(_applies(part, abstract) for part in found):
+            return [dataclasses.replace(part, layout=_of(part.layout, stack)) for part in found]
+    return []
+
+
+def _stacks(shapes: Shapes) -> Iterator[tuple[Level, ...]]:
+    """The stacks, also of stacks, that an array of the smallest rank may be."""
+    smallest = min((x.shape for x in shapes.values()), key=len, default=())
+    rank = len(smallest)
+    for depth, from_end in itertools.product((1, 2), (False, True)):
+        for axes in itertools.product(range(-rank, 0) if from_end else range(rank), repeat=depth):
+            stack: tuple[Level, ...] = ()
+            for axis in axes:
+                shape = layer_shape(smallest, stack) or ()
+                if -len(shape) <= axis < len(shape):
+                    stack = (*stack, Level(shape[axis], axis))
+            if len(stack) == depth:
+                yield stack
+
+
+def _applies(part: Part, shapes: Shapes) -> bool:
+    try:
+        _linen_shapes(part, [shapes[path] for path in part.nnx])
+    except ValueError:  # Such as gates that are not as wide as the array.
+        return False
+    return True
+
+
+def _linen_shapes(part: Part, values: Sequence[Any]) -> list[Any]:
+    return jax.eval_shape(lambda xs: part.layout.to_linen(xs), list(values))
+
+
+def _of(layout: Layout, stack: tuple[Level, ...]) -> Layout:
+    """A layout for each layer of stacks that lie alike on both sides."""
+    for length, axis in reversed(stack):
+        layout = Stacked(layout, length, linen_axis=axis, nnx_axis=axis)
+    return layout
 
 
 def _somewhere(paths: Sequence[Path], linen: set[Path]) -> bool:
@@ -128,7 +206,7 @@ def _slots_of(module: Path, piece: Piece) -> Iterable[Slot]:
         arrays: list[Any] = [(t.shape, t.dtype) for t in targets]
         names = [t.names for t in targets]
     else:
-        shapes = jax.eval_shape(lambda xs: part.layout.to_linen(xs), [t.abstract for t in targets])
+        shapes = _linen_shapes(part, [t.abstract for t in targets])
         arrays = [(tuple(x.shape), str(x.dtype)) for x in shapes]
         names = [None] * len(arrays)
     collection = part.collection or targets[0].collection

@@ -1,25 +1,34 @@
 """Lists of layers on one side that are a stack on the other, as `nn.scan` and `nnx.vmap` make them.
 
 A list has equal layers under numbered paths; the stack has the arrays of one layer, with one more
-axis as long as the list. Such a list is looked at as a stack where its arrays have no equal on the
-other side and the stacked ones do. The axis follows from the shapes of all arrays together, or from
-the names of axes; where it does not, it is asked for.
+axis as long as the list, and a list of lists those with two. Such a list is looked at as a stack
+where its arrays have no equal on the other side and the stacked ones do, apart from a layout that
+each layer may have. The axis follows from the shapes of all arrays together, or from the names of
+axes; where it does not, it is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lifted._errors import path_text
-from nnx_bridge._collections import Path
-from nnx_bridge.weights._layouts import Names
-from nnx_bridge.weights._paths import canonical, tokens
-from nnx_bridge.weights._slots import Slot
+from nnx_bridge.weights._layouts import Layout
+from nnx_bridge.weights._lists import Layers, lists
+from nnx_bridge.weights._slots import Level, Shape, Slot, layer_shape
 
 Signature = tuple[Any, ...]
+Axes = tuple[int, ...]  # Of each level, the outermost first.
+Given = int | Mapping[str, int] | None
+# A layout between a slot of the side with lists, a shape of its layer, one of the other side, and a
+# shape of its layer.
+Layouts = Callable[[Slot, Shape, Slot, Shape], Layout | None]
+
+# Lists of lists are looked at down to this depth.
+_DEPTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +36,15 @@ class UnknownAxis:
     """A list whose stack may have any of several axes.
 
     Attributes:
-      where: The path of the list, without numbers.
+      where: The path of the list, without numbers; and those of the lists in it.
       slots: Its arrays.
       axes: The axes that fit.
       stacks: The signatures that its stack may have on the other side.
     """
 
-    where: str
+    where: tuple[str, ...]
     slots: tuple[Slot, ...]
-    axes: tuple[int, ...]
+    axes: tuple[Axes, ...]
     stacks: frozenset[Signature]
 
 
@@ -45,145 +54,187 @@ def signature(slot: Slot) -> Signature:
 
 
 def collapse(
-    slots: Sequence[Slot], others: Sequence[Slot], axis: int | Mapping[str, int] | None = None
+    slots: Sequence[Slot],
+    others: Sequence[Slot],
+    layouts: Layouts,
+    kind: Callable[[Slot], Any],
+    axis: Given = None,
 ) -> tuple[list[Slot], list[UnknownAxis]]:
     """The slots, with lists turned into stacks where the other side has stacks.
 
     Args:
       slots: Those of the side that may have lists.
       others: Those of the other side.
+      layouts: How a layer of a list may become one of a stack.
+      kind: What slots have in common that have the same layouts.
       axis: The axis of all stacks, or of some by the path of their list.
 
     Returns:
       The slots, and the lists whose axis is not known.
     """
-    have, want = Counter(map(signature, slots)), Counter(map(signature, others))
-    names = defaultdict(set)
-    for other in others:
-        names[signature(other)].add(other.names)
-    remaining = dict.fromkeys(slots)
-    unknown: list[UnknownAxis] = []
-    stacks: list[Slot] = []
-    for where, layers in _lists(slots):
-        members = [slot for layer in layers for slot in layer.values()]
+    return _Collapse(slots, others, layouts, kind, axis).run()
+
+
+class _Collapse:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        others: Sequence[Slot],
+        layouts: Layouts,
+        kind: Callable[[Slot], Any],
+        given: Given,
+    ) -> None:
+        self._slots = dict.fromkeys(slots)
+        self._layouts = layouts
+        self._given = given
+        self._have = Counter(map(signature, slots))
+        self._want = Counter(map(signature, others))
+        # Of others that are alike, one.
+        alike: dict[Any, dict[Any, tuple[Slot, int]]] = defaultdict(dict)
+        for other in others:
+            size = _size(other)
+            _, count = alike[size].get(kind(other), (other, 0))
+            alike[size][kind(other)] = other, count + 1
+        self._others = {size: list(kinds.values()) for size, kinds in alike.items()}
+
+    def run(self) -> tuple[list[Slot], list[UnknownAxis]]:
+        stacks: list[Slot] = []
+        unknown: list[UnknownAxis] = []
+        found = bool(self._others)
+        # What is beside the lists in a list may be a stack too, once these are gone.
+        while found:
+            found = False
+            for depth in range(1, _DEPTH + 1):
+                for layers in lists(list(self._slots), depth, signature):
+                    fitting = self._fitting(layers)
+                    if not fitting:
+                        continue
+                    found = True
+                    for slot in layers.slots:
+                        del self._slots[slot]
+                    self._have -= Counter(map(signature, layers.slots))
+                    if len(fitting) == 1:
+                        (axes,) = fitting
+                        new = [_stacked(slots, layers, axes) for slots in layers.arrays]
+                        self._have.update(map(signature, new))
+                        stacks += new
+                    else:
+                        unknown.append(
+                            UnknownAxis(
+                                layers.where,
+                                layers.slots,
+                                tuple(sorted(fitting)),
+                                frozenset().union(*fitting.values()),
+                            )
+                        )
+        return [*self._slots, *stacks], unknown
+
+    def _fitting(self, layers: Layers) -> dict[Axes, set[Signature]]:
+        """The axes along which all arrays of a layer are stacked on the other side, and as what."""
         # Of nested lists the outer one comes first.
-        if not all(slot in remaining for slot in members):
-            continue
-        first = list(layers[0].values())
-        if any(have[signature(slot)] <= want[signature(slot)] for slot in first):
-            continue
-        given = axis if axis is None or isinstance(axis, int) else axis.get(where)
+        if not all(slot in self._slots for slot in layers.slots):
+            return {}
+        first = [slots[0] for slots in layers.arrays]
+        if any(self._have[signature(slot)] <= self._want[signature(slot)] for slot in first):
+            return {}
+        # Lists on both sides, of which only the layout differs.
+        if all(map(self._has_partners, first)):
+            return {}
+        # Counted from the end, an axis is another one in kernels and in biases.
+        return self._common(first, layers, False) or self._common(first, layers, True)
+
+    def _common(
+        self, first: Sequence[Slot], layers: Layers, from_end: bool
+    ) -> dict[Axes, set[Signature]]:
+        """The axes along which all arrays of the first layer may be stacked."""
         # Without the list: its kernels may have the shape of its stacked biases.
-        others_ = have - Counter(map(signature, members))
-        axes = _axes(first, len(layers), others_, want, names, given)
-        if not axes:
-            continue
-        have = others_
-        for slot in members:
-            del remaining[slot]
-        if len(axes) == 1:
-            new = [_stacked([layer[rest] for layer in layers], *axes) for rest in layers[0]]
-            have.update(map(signature, new))
-            stacks += new
-        else:
-            unknown.append(_unknown(where, layers, axes))
-    return [*remaining, *stacks], unknown
+        have = self._have - Counter(map(signature, layers.slots))
+        common: dict[Axes, set[Signature]] | None = None
+        for slot in first:
+            fitting: dict[Axes, set[Signature]] = defaultdict(set)
+            for axes, other in self._stacks_of(slot, layers, have, from_end):
+                fitting[axes].add(signature(other))
+            if common is None:
+                common = fitting
+            else:
+                common = {a: common[a] | fitting[a] for a in common if a in fitting}
+            if not common:
+                return {}
+        return common or {}
+
+    def _stacks_of(
+        self, slot: Slot, layers: Layers, have: Mapping[Signature, int], from_end: bool
+    ) -> Iterator[tuple[Axes, Slot]]:
+        """Axes, and arrays of the other side that along them have the layers of a list."""
+        count = math.prod(layers.counts)
+        for other, _ in self._others.get(_size(slot, count), ()):
+            free = self._want[signature(other)] > have[signature(other)]
+            for axes, inner in self._unstacked(other.shape, layers, from_end):
+                if slot.shape == inner:
+                    fits = free and _may_be(slot, axes, other)
+                else:
+                    fits = self._layouts(slot, slot.shape, other, inner) is not None
+                if fits:
+                    yield axes, other
+
+    def _unstacked(
+        self, shape: Shape, layers: Layers, from_end: bool
+    ) -> Iterator[tuple[Axes, Shape]]:
+        """The shapes of one layer that arrays of a shape may have, and the axes of the stacks."""
+        ndim = len(shape or ())
+        choices = []
+        for depth, where in enumerate(layers.where):
+            given = self._given if isinstance(self._given, int) else (self._given or {}).get(where)
+            known = range(depth - ndim, 0) if from_end else range(ndim - depth)
+            choices.append(known if given is None else (given,))
+        for axes in itertools.product(*choices):
+            inner = layer_shape(shape, tuple(map(Level, layers.counts, axes)))
+            if inner is not None:
+                yield axes, inner
+
+    def _has_partners(self, slot: Slot) -> bool:
+        """Whether the other side has as many arrays that fit without being a stack."""
+        partners = sum(
+            count
+            for other, count in self._others.get(_size(slot), ())
+            if self._layouts(slot, slot.shape, other, other.shape) is not None
+        )
+        return self._have[signature(slot)] <= partners
 
 
-def _unknown(where: str, layers: list[dict[Any, Slot]], axes: set[int]) -> UnknownAxis:
-    lists = [[layer[rest] for layer in layers] for rest in layers[0]]
-    stacks = frozenset(signature(_stacked(slots, axis)) for slots in lists for axis in axes)
-    members = tuple(slot for slots in lists for slot in slots)
-    return UnknownAxis(where, members, tuple(sorted(axes)), stacks)
+def _size(slot: Slot, count: int = 1) -> Any:
+    size = None if slot.shape is None else count * math.prod(slot.shape)
+    return slot.zone, slot.collection, size
 
 
-def _lists(slots: Sequence[Slot]) -> list[tuple[str, list[dict[Any, Slot]]]]:
-    """The lists of equal layers, outer ones first: their paths and, by index, their arrays."""
-    members: dict[Any, dict[int, dict[Any, Slot]]] = defaultdict(lambda: defaultdict(dict))
-    texts: dict[Any, str] = {}
-    for slot in slots:
-        found, name = tokens(slot.path), canonical(slot.path)
-        for depth, token in enumerate(found):
-            start = found[depth - 1].end if depth else 0
-            for k, index in enumerate(token.numbers):
-                key = (depth, k, name[:depth], token.name, token.numbers[:k])
-                rest = (slot.collection, token.numbers[k + 1 :], name[depth + 1 :])
-                members[key][index][rest] = slot
-                texts[key] = path_text((*slot.path[:start], _unnumbered(slot.path[start])))
-    lists = []
-    for key in sorted(members, key=lambda key: key[:2]):
-        layers = [members[key][index] for index in sorted(members[key])]
-        shapes = [{rest: signature(slot) for rest, slot in layer.items()} for layer in layers]
-        if all(layer == shapes[0] for layer in shapes):
-            lists.append((texts[key], layers))
-    return lists
-
-
-def _unnumbered(part: Any) -> str:
-    return str(part).rstrip("_0123456789")
-
-
-def _axes(
-    layer: Sequence[Slot],
-    count: int,
-    have: Mapping[Any, int],
-    want: Mapping[Any, int],
-    names: Mapping[Any, set[Names]],
-    given: int | None,
-) -> set[int]:
-    """The axes along which all arrays of a layer are stacked on the other side."""
-    common: set[int] | None = None
-    for slot in layer:
-        if slot.shape is None:
-            return set()
-        ndim = len(slot.shape)
-        fitting = set()
-        for axis in range(ndim + 1) if given is None else (given % (ndim + 1),):
-            stacked = (slot.zone, slot.collection, _inserted(slot.shape, axis, count))
-            if want[stacked] > have[stacked] and any(
-                _may_be(slot.names, axis, other) for other in names[stacked]
-            ):
-                # An axis that is given from the end is another one in each array.
-                fitting.add(axis if given is None else given)
-        common = fitting if common is None else common & fitting
-    return common or set()
-
-
-def _may_be(names: Names, axis: int, stacked: Names) -> bool:
-    """Whether names of axes, where both sides have them, are those of a stack along `axis`."""
-    if names is None or stacked is None or len(stacked) != len(names) + 1:
+def _may_be(slot: Slot, axes: Axes, stacked: Slot) -> bool:
+    """Whether names of axes, where both sides have them, are those of a stack along `axes`."""
+    names, theirs = slot.names, stacked.names
+    if names is None or theirs is None or len(theirs) != len(names) + len(axes):
         return True
-    return (*stacked[:axis], *stacked[axis + 1 :]) == tuple(names)
+    for axis in axes:
+        axis %= len(theirs)
+        theirs = (*theirs[:axis], *theirs[axis + 1 :])
+    return theirs == tuple(names)
 
 
-def _inserted(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:
-    return (*shape[:axis], count, *shape[axis:])
-
-
-def _stacked(slots: Sequence[Slot], axis: int) -> Slot:
+def _stacked(slots: Sequence[Slot], layers: Layers, axes: Axes) -> Slot:
     """The stack of the same array of each layer."""
     first = slots[0]
-    assert first.shape is not None  # What is no array is in no list, see `_axes`.
-    axis %= len(first.shape) + 1
-    sources = tuple(source for slot in slots for source in slot.sources)
+    shape, names = first.shape, first.names
+    assert shape is not None  # What is no array is in no list, see `_unstacked`.
+    for count, axis in reversed(list(zip(layers.counts, axes, strict=True))):
+        # Where the stack has more axes in each layer than the list, `layer` tells the shape.
+        at = axis % (len(shape) + 1) if axis < 0 else min(axis, len(shape))
+        shape = (*shape[:at], count, *shape[at:])
+        names = names and (*names[:at], None, *names[at:])
     return dataclasses.replace(
         first,
-        shape=_inserted(first.shape, axis, len(slots)),
-        names=first.names and (*first.names[:axis], None, *first.names[axis:]),
-        path=_without_number(slots),
-        sources=sources,
-        axis=axis,
+        shape=shape,
+        names=names,
+        path=layers.path_of(first),
+        sources=tuple(source for slot in slots for source in slot.sources),
+        stack=tuple(map(Level, layers.counts, axes)),
+        layer=first.shape,
         origin=first.path,
     )
-
-
-def _without_number(slots: Sequence[Slot]) -> Path:
-    """The path of the first slot without the number in which it differs from the last."""
-    first, last = slots[0].path, slots[-1].path
-    at = next((i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), None)
-    if at is None:  # A list of one.
-        at = next(i for i, token in enumerate(tokens(first)) if token.numbers)
-        at = tokens(first)[at].end - 1
-    if isinstance(first[at], int) or str(first[at]).isdigit():
-        return (*first[:at], *first[at + 1 :])
-    return (*first[:at], _unnumbered(first[at]), *first[at + 1 :])

@@ -54,6 +54,6 @@ def partners(plan: Any) -> dict[str, str]:
         " + ".join("/".join(map(str, p)) for p in row.linen): " + ".join(
             "/".join(map(str, p)) for p in row.nnx
         )
-        + (f" ({row.layout_text})" if row.layout_text else "")
+        + (f" ({row.layout})" if str(row.layout) else "")
         for row in plan.rows
     }

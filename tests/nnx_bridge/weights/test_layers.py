@@ -237,5 +237,5 @@ def test_a_cell_that_has_the_fused_matrices_in_linen_too_is_copied() -> None:
 
     variables = Fused().init(KEY, X)
     plan = match(variables, nnx.OptimizedLSTMCell(8, 4, rngs=nnx.Rngs(0)))
-    assert {row.layout_text for row in plan.rows} == {""}
+    assert {str(row.layout) for row in plan.rows} == {""}
     assert not plan.problems

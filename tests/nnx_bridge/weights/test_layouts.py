@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnx_bridge.weights import Absent, Concatenate, Copy, Custom, Reshape, Row, Transpose
-from nnx_bridge.weights._layouts import layout_from_json, layout_to_json
+from nnx_bridge.weights import Absent, Concatenate, Copy, Custom, Reshape, Row, Stacked, Transpose
+from nnx_bridge.weights._layout_json import layout_from_json, layout_to_json
 from tests.helpers import assert_trees_equal
 
 
@@ -28,6 +28,10 @@ LAYOUTS = [
     (Concatenate((2, 3, 1)), [(4, 2), (4, 3), (4, 1)]),
     (Concatenate((2, 3), axis=0), [(2, 4), (3, 4)]),
     (ROLL, [(3, 2)]),
+    (Stacked(Transpose(), 3, linen_axis=1), [(2, 3, 4)]),
+    (Stacked(Copy(), 3, linen_axis=1, nnx_axis=0), [(2, 3, 4)]),
+    (Stacked(Stacked(Concatenate((2, 1)), 2, nnx_axis=-1), 2, nnx_axis=0), [(4, 2), (4, 1)] * 4),
+    (Stacked(Reshape((2, 3), (6,)), 2), [(2, 3)] * 2),
 ]
 ids = [str(layout) or "copy" for layout, _ in LAYOUTS]
 
@@ -65,7 +69,7 @@ def test_rows_of_stacks_are_inverses_too(
     linen_paths = [("params", str(i)) for i in range(len(shapes) * (1 if linen else count))]
     nnx_paths = [(str(i),) for i in range(width * (count if linen else 1))]
     axes = {"linen_axis": axis} if linen else {"nnx_axis": min(axis, results[0][0].ndim)}
-    row = Row(tuple(linen_paths), tuple(nnx_paths), layout, count, **axes)
+    row = Row(tuple(linen_paths), tuple(nnx_paths), Stacked(layout, count, **axes))
     if linen:
         values = [np.stack(same, axis) for same in zip(*layers, strict=True)]
         expected = [x for result in results for x in result]

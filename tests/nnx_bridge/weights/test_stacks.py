@@ -107,7 +107,7 @@ def test_a_scan_of_linen_fills_a_list(axis: int) -> None:
     weights = randomized(linen.init(KEY, X))
     plan = load(model, weights)
     assert_trees_close(model(X), linen.apply(weights, X))
-    assert {row.linen_axis for row in plan.rows} == {axis}
+    assert {row.layout.linen_axis for row in plan.rows} == {axis}
     assert_trees_equal(plan.to_linen(model), weights)
 
 
@@ -117,7 +117,7 @@ def test_a_list_of_linen_fills_a_stack(axis: int) -> None:
     weights = randomized(linen.init(KEY, X))
     plan = load(model, weights)
     assert_trees_close(model(X), linen.apply(weights, X))
-    assert {row.nnx_axis for row in plan.rows} == {axis}
+    assert {row.layout.nnx_axis for row in plan.rows} == {axis}
     assert_trees_equal(plan.to_linen(model), weights)
 
 
@@ -126,7 +126,7 @@ def test_stacks_on_both_sides_are_copied() -> None:
     weights = randomized(linen.init(KEY, X))
     plan = load(model, weights)
     assert_trees_close(model(X), linen.apply(weights, X))
-    assert {row.layout_text for row in plan.rows} == {""}
+    assert {str(row.layout) for row in plan.rows} == {""}
 
 
 def test_a_stack_along_another_axis_than_that_of_the_model_is_an_error() -> None:
@@ -165,7 +165,7 @@ def test_the_names_of_axes_tell_the_axis() -> None:
     box = nn.Partitioned(normal(4, 4, 4), ("embed", "layers", "mlp"))
     plan = match({"params": {"blocks": box}}, model)
     assert not plan.problems
-    assert plan.rows[0].linen_axis == 1
+    assert plan.rows[0].layout.linen_axis == 1
 
 
 def test_a_rule_leads_from_a_list_into_a_stack() -> None:
@@ -231,7 +231,7 @@ def test_gates_in_a_stack_are_fused_layer_by_layer() -> None:
     model = Holder(rnn=nnx.List(cells))
     plan = match(weights, model, stack_axis=0)
     assert not plan.problems, plan.problems[0].text
-    assert {row.layout_text for row in plan.rows} == {"unstack axis 0, concatenate 4 along -1"}
+    assert {str(row.layout) for row in plan.rows} == {"unstack axis 0, concatenate 4 along -1"}
     load(model, weights, stack_axis=0)
     y = Cells().apply(weights, x)
     assert_trees_close(jnp.stack([model.rnn[i](x[i]) for i in range(2)]), y)
