@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
-from nnx_bridge.checkpoints import _mapping, _orbax, _plan
+from nnx_bridge.checkpoints import _mapping, _orbax, _plan, _structure
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
     Path,
-    Stored,
     below,
-    is_empty,
     listed,
     loaded,
     written,
 )
-from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
+from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_apart
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import write_msgpack
+from nnx_bridge.checkpoints._names import VALUE
+from nnx_bridge.checkpoints._publish import published, sweep
 from nnx_bridge.checkpoints._safetensors import write_safetensors
 from nnx_bridge.checkpoints._source import Source, open_source
 from nnx_bridge.weights import Plan
@@ -46,6 +43,8 @@ class Conversion:
       arrays: how many arrays.
       nbytes: their bytes.
       apart: the leaves of random numbers, which are in a checkpoint of their own below it.
+      suggested: whether names alone said what a train state of Linen is made of; empty states at
+        the end of its optimizer's chain are not in it then, and `like` would have them.
     """
 
     source: FilePath
@@ -55,6 +54,7 @@ class Conversion:
     arrays: int
     nbytes: int
     apart: tuple[str, ...] = ()
+    suggested: bool = False
 
 
 def convert(
@@ -118,9 +118,11 @@ def convert(
         ('variables', 'nnx_model', 1)
     """
     source, destination = FilePath(source).resolve(), FilePath(destination).absolute()
+    if not dry_run:
+        sweep(destination)
     _check_places(source, destination, force)
     opened = open_source(source, item=item, unsharded=unsharded)
-    found = find_layout(opened.entries, layout)
+    found = opened.layout(layout)
     if isinstance(found, Linen):
         made = _to_nnx(opened, found, plan)
     else:
@@ -136,7 +138,7 @@ def convert(
         progress(done, total, what)
 
     if not dry_run:
-        with _published(destination, force) as place:
+        with published(destination, force) as place:
             _write(place, destination, made, advance)
     arrays = [v for v in made.entries.values() if hasattr(v, "nbytes")]
     return Conversion(
@@ -147,6 +149,7 @@ def convert(
         len(arrays),
         total,
         tuple(sorted(map(written, made.apart))),
+        made.suggested,
     )
 
 
@@ -158,6 +161,7 @@ class _Made:
     entries: dict[Path, Any]
     apart: dict[Path, Any]
     custom: dict[str, Any]
+    suggested: bool = False
 
 
 def _to_nnx(source: Source, layout: Linen, plan: Plan | None) -> _Made:
@@ -169,15 +173,18 @@ def _to_nnx(source: Source, layout: Linen, plan: Plan | None) -> _Made:
     apart = {t[1:]: entries[p] for p, t in where.items() if t and t[0] == RNGS}
     result = {t: entries[p] for p, t in where.items() if t and t[0] != RNGS}
     if plan is not None:
-        result = _plan.apply(plan, result, (_mapping.VALUE,), made.model)
+        result = _plan.apply(plan, result, (VALUE,), made.model)
     # The streams of an NNX model that this checkpoint was made from.
     result.update({_in_model(p, made): leaf for p, leaf in source.apart.items()})
-    return _Made(made, result, apart, {"linen": _structure(source.entries, layout)})
+    custom = {
+        "linen": _structure.remembered(source.entries, layout),
+        "nnx": dataclasses.asdict(made),
+    }
+    return _Made(made, result, apart, custom)
 
 
 def _to_linen(source: Source, layout: Nnx, plan: Plan | None, like: FilePath | None) -> _Made:
     entries = dict(source.entries)
-    streams = {_out_of_model(p, layout): v for p, v in entries.items() if is_rng(p, v)}
     if like is not None:
         other = open_source(like, unsharded=True)
         linen = find_layout(other.entries)
@@ -187,17 +194,23 @@ def _to_linen(source: Source, layout: Nnx, plan: Plan | None, like: FilePath | N
             )
         structure: dict[Path, Any] = other.entries
     elif "linen" in source.custom:
-        structure, linen = _recorded(source.custom["linen"])
+        structure, linen = _structure.recorded(source.custom["linen"])
+    elif plan is not None:
+        structure, linen = _structure.planned(plan, layout)
     else:
         structure, linen = _mapping.suggested(entries, layout)
+    suggested = like is None and "linen" not in source.custom and linen.opt_state is not None
     result = _mapping.to_linen(entries, layout, structure, linen, plan)
     result.update({p: v for p, v in source.apart.items() if p in structure})
-    return _Made(linen, result, streams, {})
+    used = set(map(id, result.values()))
+    apart = {p: v for p, v in entries.items() if is_apart(p, v, layout) and id(v) not in used}
+    streams = {_out_of_model(p, layout): v for p, v in apart.items()}
+    return _Made(linen, result, streams, {}, suggested)
 
 
 def _out_of_model(path: Path, layout: Nnx) -> Path:
     """The path of a stream as it is kept apart, the same for all layouts of NNX."""
-    end: Path = (_mapping.VALUE,) if layout.pure else ()
+    end: Path = (VALUE,) if layout.pure else ()
     if path[: len(layout.model)] == layout.model:
         path = ("model", *path[len(layout.model) :])
     return (*path, *end)
@@ -205,47 +218,6 @@ def _out_of_model(path: Path, layout: Nnx) -> Path:
 
 def _in_model(path: Path, layout: Nnx) -> Path:
     return (*layout.model, *path[1:]) if path[0] == "model" else path
-
-
-def _structure(entries: Mapping[Path, Any], layout: Linen) -> dict[str, Any]:
-    """What an NNX checkpoint remembers of the Linen one it was made from, as JSON."""
-    return {
-        "layout": layout.name,
-        "leaves": [[list(path), _kind(leaf)] for path, leaf in entries.items()],
-    }
-
-
-_EMPTY: dict[str, Any] = {"NoneType": None, "dict": {}, "list": [], "tuple": ()}
-
-
-def _kind(leaf: Any) -> dict[str, Any]:
-    if is_empty(leaf):
-        return {"empty": type(leaf).__name__}
-    if hasattr(leaf, "dtype"):
-        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    return {"python": isinstance(leaf, int)}
-
-
-def _recorded(structure: Mapping[str, Any]) -> tuple[dict[Path, Any], Linen]:
-    entries = {tuple(path): _of_kind(kind) for path, kind in structure["leaves"]}
-    layout = find_layout(entries, structure["layout"])
-    assert isinstance(layout, Linen)
-    return entries, layout
-
-
-def _of_kind(kind: Mapping[str, Any]) -> Any:
-    if "empty" in kind:
-        return _EMPTY[kind["empty"]]
-    if "python" in kind:
-        return 0 if kind["python"] else ""
-    return Stored(_Nowhere(), (), tuple(kind["shape"]), np.dtype(kind["dtype"]))
-
-
-class _Nowhere:
-    """Of a remembered structure there are no arrays."""
-
-    def read(self, arrays: Any) -> list[Any]:
-        raise AssertionError("a structure has no arrays")
 
 
 def _check_places(source: FilePath, destination: FilePath, force: bool) -> None:
@@ -278,54 +250,3 @@ def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) ->
     if beside:
         raise CheckpointError(f"safetensors keeps parameters alone; there is also {listed(beside)}")
     write_safetensors(place, params, advance)
-
-
-@contextlib.contextmanager
-def _published(destination: FilePath, force: bool) -> Iterator[FilePath]:
-    """Where to write what then becomes the destination, in one step, if all went well."""
-    _sweep(destination)
-    # Never the same folder twice: writers of a run that failed may still be at work in theirs.
-    name = f".{destination.name}.flaxlift-{os.getpid()}-{time.monotonic_ns()}"
-    folder = destination.parent / name
-    try:
-        folder.mkdir()
-        yield folder / "new"
-        if force and os.path.lexists(destination):
-            os.replace(destination, folder / "old")
-        os.rename(folder / "new", destination)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise CheckpointError(
-            f"{destination} could not be written: {type(error).__name__}: {reason}"
-        ) from error
-    finally:
-        _remove(folder)
-
-
-def _remove(folder: FilePath) -> None:
-    """Removes a folder in which writers that failed may be at work for another moment."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.02)
-
-
-def _sweep(destination: FilePath) -> None:
-    """Removes what earlier runs for the same destination left that failed or were killed."""
-    for folder in destination.parent.glob(f".{destination.name}.flaxlift-*"):
-        pid = folder.name.rpartition(".flaxlift-")[2].partition("-")[0]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from nnx_bridge.checkpoints._entries import Entries, Path, is_empty, written
-from nnx_bridge.checkpoints._layout import find_layout
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._source import open_source
 
@@ -106,7 +105,7 @@ def describe(
     return Description(
         source.where,
         source.format,
-        find_layout(source.entries, layout).name,
+        source.layout(layout).name,
         tuple(_arrays(entries)),
         tuple((p, leaf) for p, leaf in entries.items() if not (is_empty(leaf) or _is_array(leaf))),
     )

@@ -195,6 +195,13 @@ def _params(entries: Entries) -> Linen | None:
     return None
 
 
+def is_apart(path: Path, leaf: Any, layout: Layout) -> bool:
+    """Whether a leaf is kept apart: random numbers, but not those that an optimizer draws from,
+    which are a part of its state."""
+    root = layout.opt_state if isinstance(layout, Linen) else layout.optimizer
+    return is_rng(path, leaf) and (root is None or path[: len(root)] != root)
+
+
 def is_rng(path: Path, leaf: Any) -> bool:
     """Whether a leaf is the state of random numbers: a key, or the count of an NNX stream.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from nnx_bridge.checkpoints._entries import (
     read_all,
     written,
 )
-from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_rng
-from nnx_bridge.checkpoints._mapping import RNGS, VALUE
+from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_apart
+from nnx_bridge.checkpoints._mapping import RNGS
+from nnx_bridge.checkpoints._names import VALUE
 from nnx_bridge.checkpoints._source import open_source
 from nnx_bridge.weights import Plan
 
@@ -111,7 +113,7 @@ def to_train_state(
     """
     structure = _entries(like)
     linen = _linen(structure, "like")
-    entries = {path: _value(v) for path, v in _targets(model, optimizer).items()}
+    entries = {path: place.value for path, place in _targets(model, optimizer).items()}
     where, _ = _mapping.to_nnx(structure, linen, plan is not None)
     # Fields that follow the parameters, such as averages of them.
     follow = {target[0] for target in where.values() if target and target[-1] == VALUE}
@@ -148,7 +150,7 @@ def load_checkpoint(
       CheckpointError: As for `from_train_state`, or the checkpoint cannot be read.
     """
     source = open_source(FilePath(path), item=item, unsharded=True)
-    found = find_layout(source.entries, layout)
+    found = source.layout(layout)
     beside = _fill(source.entries, found, model, optimizer, plan, str(source.where))
     if isinstance(found, Nnx):
         # Keys of the train state that the checkpoint was made from.
@@ -174,15 +176,18 @@ def _fill(
     else:
         made, keys = layout, {}
         end: Path = (VALUE,) if layout.pure else ()
-        entries = {(*p, *end): leaf for p, leaf in entries.items() if not is_rng(p, leaf)}
-    values, beside = _split(entries, made)
+        entries = {(*p, *end): leaf for p, leaf in entries.items()}
     targets = _targets(model, optimizer)
+    values, beside = (
+        {p: leaf for p, leaf in part.items() if p in targets or not is_apart(p, leaf, _LIVE)}
+        for part in _split(entries, made)
+    )
     _check(values, targets, what, optimizer is not None)
-    filled = {path: variable for path, variable in targets.items() if path in values}
+    filled = {path: place for path, place in targets.items() if path in values}
     arrays = read_all([values[path] for path in filled])
-    for variable, value in zip(filled.values(), arrays, strict=True):
+    for place, value in zip(filled.values(), arrays, strict=True):
         if not is_empty(value):
-            variable.set_value(_placed(value, variable))
+            place.fill(value)
     rest = {p[:-1] if p[-1] == VALUE and len(p) > 1 else p: v for p, v in beside.items()}
     rest.update(keys)
     return nested({p: loaded(leaf) for p, leaf in rest.items()}) if rest else {}
@@ -213,26 +218,41 @@ def _split(entries: Entries, layout: Nnx) -> tuple[dict[Path, Any], dict[Path, A
     return values, beside
 
 
-def _targets(model: Any, optimizer: Any) -> dict[Path, nnx.Variable[Any]]:
-    targets: dict[Path, nnx.Variable[Any]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an array is: in a Variable, among the leaves of its value, which may be a list."""
+
+    variable: nnx.Variable[Any]
+    index: int
+
+    @property
+    def value(self) -> Any:
+        leaves = jax.tree.leaves(self.variable.get_value())
+        # A MaskedNode of Optax has none.
+        return leaves[self.index] if leaves else None
+
+    def fill(self, value: Any) -> None:
+        leaves, structure = jax.tree.flatten(self.variable.get_value())
+        leaves[self.index] = _placed(value, leaves[self.index])
+        self.variable.set_value(jax.tree.unflatten(structure, leaves))
+
+
+def _targets(model: Any, optimizer: Any) -> dict[Path, _Place]:
+    targets: dict[Path, _Place] = {}
     for name, of in (("model", model), ("optimizer", optimizer)):
         if of is not None:
             for path, variable in nnx.to_flat_state(nnx.state(of)):
                 if not isinstance(variable, nnx.RngState):
-                    targets[(name, *map(str, path), VALUE)] = variable
+                    start = (name, *map(str, path), VALUE)
+                    inner = jax.tree_util.tree_leaves_with_path(variable.get_value()) or [((), 0)]
+                    for i, (keys, _) in enumerate(inner):
+                        names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+                        targets[(*start, *names)] = _Place(variable, i)
     return targets
 
 
-def _value(variable: nnx.Variable[Any]) -> Any:
-    value = variable.get_value()
-    # A MaskedNode of Optax.
-    return None if not jax.tree.leaves(value) else value
-
-
-def _check(
-    values: Entries, targets: Mapping[Path, nnx.Variable[Any]], what: str, has_optimizer: bool
-) -> None:
-    held = {path: _value(variable) for path, variable in targets.items()}
+def _check(values: Entries, targets: Mapping[Path, _Place], what: str, has_optimizer: bool) -> None:
+    held = {path: place.value for path, place in targets.items()}
     lacking = [p for p, value in held.items() if p not in values and not is_empty(value)]
     left = [
         p
@@ -263,13 +283,27 @@ def _difference(path: Path, saved: Any, held: Any) -> list[str]:
         return []
     if not hasattr(held, "dtype") or not hasattr(saved, "dtype"):
         return []
-    a, b = (f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in (saved, held))
+    a, b = (f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in map(_numbers, (saved, held)))
     return [] if a == b else [f"{written(path)} is {a} there and {b} in the model"]
 
 
-def _placed(value: Any, variable: nnx.Variable[Any]) -> Any:
-    held = variable.get_value()
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(getattr(leaf, "dtype", np.void), jax.dtypes.prng_key)
+
+
+def _numbers(leaf: Any) -> Any:
+    """What a checkpoint keeps of a leaf: of a key the integers that it is made of."""
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+
+
+def _placed(value: Any, held: Any) -> Any:
     if getattr(held, "sharding", None) is None:
         return value
+    if _is_key(held) != _is_key(value):
+        value = (
+            jax.random.wrap_key_data(value, impl=jax.random.key_impl(held))
+            if _is_key(held)
+            else jax.random.key_data(value)
+        )
     same = getattr(value, "dtype", None) == held.dtype
     return placed_like(value if same else jax.numpy.asarray(value, held.dtype), held)

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnx_bridge._collections import to_flat_state
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
     Entries,
@@ -26,59 +25,15 @@ from nnx_bridge.checkpoints._entries import (
     is_empty,
     listed,
     loaded,
-    nested,
     written,
 )
-from nnx_bridge.checkpoints._layout import Linen, Nnx, is_rng
-from nnx_bridge.checkpoints._plan import marked, undo
+from nnx_bridge.checkpoints._layout import Linen, Nnx, is_apart
+from nnx_bridge.checkpoints._names import VALUE, Names, unboxed
+from nnx_bridge.checkpoints._plan import undo, unmarked
 from nnx_bridge.weights import Plan
 
 # Paths under this are kept apart from the rest.
 RNGS = "rngs"
-VALUE = "value"
-
-
-class _Names:
-    """The NNX paths of Linen variables: those of `nnx_bridge.to_state`, or marks for a plan."""
-
-    def __init__(self, entries: Entries, layout: Linen, planned: bool) -> None:
-        self.of: dict[str, dict[Path, Path]] = {}
-        variables: dict[Path, Path] = {}
-        for collection, root in layout.collections.items():
-            inner = {p: leaf for p, leaf in below(entries, root).items() if p}
-            variable_of = unboxed(inner)
-            paths = [variable_of[p] for p, leaf in inner.items() if not is_empty(leaf)]
-            self.of[collection] = dict.fromkeys(paths, ())
-            variables.update({(collection, *p): (collection, *p) for p in paths})
-        if planned:
-            self.of = {c: {p: marked(c, p) for p in paths} for c, paths in self.of.items()}
-            return
-        tree: Any = nested({p: _Placeholder(p) for p in variables})
-        for path, variable in to_flat_state(tree or {}):
-            collection, *rest = variable.get_value().path
-            self.of[str(collection)][tuple(rest)] = tuple(map(str, path))
-
-
-class _Placeholder:
-    """Stands for a variable whose value does not matter."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-
-def unboxed(entries: Entries) -> dict[Path, Path]:
-    """The paths of the variables that leaves belong to, by the paths of the leaves.
-
-    What is in a metadata box is saved one level below its variable, alone, as `value`.
-    """
-    children: dict[Path, set[str | int]] = {}
-    for path in entries:
-        for depth, part in enumerate(path):
-            children.setdefault(path[:depth], set()).add(part)
-    return {
-        path: path[:-1] if len(path) > 1 and children[path[:-1]] == {VALUE} else path
-        for path in entries
-    }
 
 
 def to_nnx(
@@ -97,9 +52,9 @@ def to_nnx(
     Raises:
       CheckpointError: Two leaves would have one path.
     """
-    names = _Names(entries, layout, planned)
+    names = Names(entries, layout, planned)
     rest = [p for p in entries if not _in_collections(p, layout)]
-    random = {p for p in rest if is_rng(p, entries[p])}
+    random = {p for p in rest if is_apart(p, entries[p], layout)}
     bare = layout.opt_state is None and layout.step is None and not set(rest) - random
     model: Path = () if bare else ("model",)
     where: dict[Path, Path | None] = {p: (RNGS, *map(str, p)) for p in random}
@@ -108,9 +63,7 @@ def to_nnx(
         variable_of = unboxed(inner)
         for p, leaf in inner.items():
             target = names.of[collection].get(variable_of[p])
-            where[(*root, *p)] = (
-                None if target is None or is_empty(leaf) else (*model, *target, VALUE)
-            )
+            where[(*root, *p)] = None if target is None or is_empty(leaf) else (*model, *target)
     optimizer = None if layout.opt_state is None else ("optimizer",)
     for p in rest:
         if p == layout.step and optimizer:
@@ -138,7 +91,7 @@ def _field(path: Path, root: Path) -> Path:
     return path[: len(root) + 1] if path[: len(root)] == root else path[:1]
 
 
-def _follow(entries: Entries, names: _Names, suffix: Path) -> dict[Path, Path | None]:
+def _follow(entries: Entries, names: Names, suffix: Path) -> dict[Path, Path | None]:
     """The NNX paths below a field, in which some trees follow the parameters."""
     if () in entries:
         return {(): None if is_empty(entries[()]) else suffix}
@@ -151,14 +104,16 @@ def _follow(entries: Entries, names: _Names, suffix: Path) -> dict[Path, Path | 
     for path, leaf in entries.items():
         inside.setdefault(path[0], {})[path[1:]] = leaf
     for key, inner in inside.items():
-        # An optimizer of `{'params': ...}` has that level in its moments, NNX's has not.
-        level: Path = () if key == "params" and _is_followed(inner, names) else (str(key),)
+        # An optimizer of `{'params': ...}` has that level in its moments, NNX's has not. Beside a
+        # count it is the name of a field.
+        alone = key == "params" and inside.keys() <= names.of.keys()
+        level: Path = () if alone and _is_followed(inner, names) else (str(key),)
         for p, target in _follow(inner, names, suffix).items():
             where[(key, *p)] = None if target is None else (*level, *target)
     return where
 
 
-def _is_followed(entries: Entries, names: _Names) -> bool:
+def _is_followed(entries: Entries, names: Names) -> bool:
     return _like_collection(entries, names.of["params"]) is not None
 
 
@@ -174,9 +129,13 @@ def _like_collection(
     variable_of = unboxed(entries)
     for path, leaf in entries.items():
         variable = variable_of[path]
-        if variable in names:
-            covered.add(variable)
-            where[path] = (*names[variable], VALUE)
+        # An optimizer may keep several arrays for one, in a list.
+        end = len(variable)
+        while variable[:end] not in names and end and isinstance(variable[end - 1], int):
+            end -= 1
+        if variable[:end] in names:
+            covered.add(variable[:end])
+            where[path] = (*names[variable[:end]], *variable[end:])
         elif is_empty(leaf):
             # A whole submodule that is masked, or a module without variables.
             empty.append(path)
@@ -210,7 +169,7 @@ def suggested(entries: Entries, layout: Nnx) -> tuple[dict[Path, Any], Linen]:
     """
     structure: dict[Path, Any] = {}
     collections: dict[str, Path] = {"params": ("params",)}
-    kept = {p: leaf for p, leaf in entries.items() if not is_rng(p, leaf)}
+    kept = {p: leaf for p, leaf in entries.items() if not is_apart(p, leaf, layout)}
     optimized = _suffixes(below(kept, layout.optimizer)) if layout.optimizer else set()
     for path, leaf in _variables(below(kept, layout.model)).items():
         collection = "params" if path in optimized else _collection(path)
@@ -263,8 +222,8 @@ def _place(part: str | int) -> str | int:
 
 def as_step(step: Any, like: Any) -> Any:
     """The step in the type of ``like``: NNX counts in uint32, Linen in Python or in int32."""
-    if isinstance(like, int) and not isinstance(like, bool):
-        return int(step)
+    if isinstance(like, int | float) and not isinstance(like, bool):
+        return type(like)(step)
     counted = np.asarray(step).astype(like.dtype)
     # Without 64 bits JAX cannot hold what NumPy can.
     return counted if counted.itemsize > 4 else jax.numpy.asarray(counted)
@@ -281,7 +240,11 @@ def to_linen(
     where, made = to_nnx(structure, linen, plan is not None)
     renamed = {p: _as_saved(target, made, layout) for p, target in where.items() if target}
     wanted = {p: t for p, t in renamed.items() if t[0] != RNGS}
-    entries = {p: leaf for p, leaf in entries.items() if not is_rng(p, leaf)}
+    # What looks like random numbers may be a variable of such a name.
+    known = set(wanted.values())
+    entries = {
+        p: leaf for p, leaf in entries.items() if p in known or not is_apart(p, leaf, layout)
+    }
     if plan is not None:
         entries = undo(plan, entries, wanted.values(), () if layout.pure else (VALUE,))
     have = set(entries)
@@ -289,6 +252,7 @@ def to_linen(
     lacking = [t for p, t in wanted.items() if t not in have and not is_empty(structure[p])]
     left = [p for p in have - set(wanted.values()) if not is_empty(entries[p])]
     if lacking or left:
+        lacking = list(dict.fromkeys(unmarked(plan, path) for path in lacking))
         parts = [
             f"the NNX checkpoint lacks {listed(sorted(lacking, key=written))}" if lacking else "",
             f"the Linen structure has no place for {listed(sorted(left, key=written))}"

@@ -206,8 +206,12 @@ def _pack(tree: Any, progress: Any) -> Iterator[bytes]:
     elif is_empty(tree):
         yield msgpack.packb({})
     else:
+        value = loaded(tree)
+        if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+            # Flax keeps keys as the integers that they are made of.
+            value = jax.random.key_data(value)
         yield serialization.msgpack_serialize(
-            {"": np.asarray(loaded(tree))} if isinstance(tree, Stored) else {"": tree}
+            {"": np.asarray(value) if isinstance(tree, Stored) else value}
         )[2:]
         if isinstance(tree, Stored):
             progress(tree.nbytes, written(tree.path))

@@ -9,9 +9,11 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from nnx_bridge.checkpoints._entries import CheckpointError, Path, Stored
+from nnx_bridge.checkpoints._layout import Layout, Nnx, find_layout
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import MsgpackReader, is_msgpack
 from nnx_bridge.checkpoints._orbax import OrbaxReader, is_orbax
+from nnx_bridge.checkpoints._publish import interrupted
 from nnx_bridge.checkpoints._safetensors import SafetensorsReader
 
 # What Hugging Face calls the weights of a Flax model.
@@ -48,6 +50,19 @@ class Source:
         """The bytes of its arrays."""
         leaves = (*self.entries.values(), *self.apart.values())
         return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Stored))
+
+    def layout(self, name: str | None = None) -> Layout:
+        """Its layout: the one called `name`, the one that a conversion has noted, or what it looks
+        like.
+
+        Raises:
+          CheckpointError: There is none.
+        """
+        noted = self.custom.get("nnx")
+        if noted is None or name not in (None, noted["name"]):
+            return find_layout(self.entries, name)
+        model, optimizer = noted["model"], noted["optimizer"]
+        return Nnx(noted["name"], tuple(model), optimizer and tuple(optimizer), noted["pure"])
 
 
 def open_source(path: FilePath, *, item: str | None = None, unsharded: bool = False) -> Source:
@@ -90,10 +105,12 @@ def locate(path: FilePath, item: str | None = None) -> FilePath:
       CheckpointError: There is none, or there are several items and none is named.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.is_file():
-        return path
-    if is_orbax(path):
+        old = interrupted(path)
+        hint = f"; a conversion that was to replace it was killed, {old} is the old one"
+        raise CheckpointError(f"{path} does not exist{hint if old else ''}")
+    if path.is_file() or is_orbax(path):
+        if item not in (None, path.name):
+            raise CheckpointError(f"{path} is a checkpoint itself and has no item {item!r}")
         return path
     inside = sorted(child for child in path.iterdir() if not child.name.startswith("."))
     for name in _WEIGHTS:

@@ -144,4 +144,7 @@ def _summary(done: Conversion) -> Table:
     table.add_row("", f"{done.arrays} arrays, {decimal(done.nbytes)}", "")
     if done.apart:
         table.add_row("apart", ", ".join(done.apart), "random numbers, in rngs/")
+    if done.suggested:
+        hint = "the names suggest it; a Linen checkpoint of such a run, with --like, says it"
+        table.add_row("structure", hint, "")
     return table

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 from nnx_bridge import CheckpointError, convert, load_checkpoint, match
+from nnx_bridge.checkpoints import describe
 from nnx_bridge.weights import Transpose
 from tests.helpers import assert_trees_equal, normal
 from tests.nnx_bridge.checkpoints.files import assert_same_checkpoint, metadata, restore, save
@@ -60,6 +61,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "nested": lambda: optax.chain(
         optax.clip(1.0), optax.chain(optax.trace(0.9), optax.chain(optax.scale_by_adam()))
     ),
+    "a field called params": lambda: optax.scale_by_lbfgs(1),
+    "random numbers of its own": lambda: optax.add_noise(0.1, 0.5, jax.random.key(3)),
     "skipping": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
 }
 
@@ -132,6 +135,33 @@ LINEN_LAYOUTS: dict[str, Callable[[], tuple[Any, str]]] = {
         {"params": {"d": {"w": normal(3)}}, "ema": {"d": {"w": normal(3, seed=5)}, "n": normal(1)}},
         "variables",
     ),
+    "parameters in lists": lambda: (
+        {
+            "params": (lists := {"layers": [{"w": normal(2)}, {"w": normal(3)}], "v": normal(2)}),
+            "opt_state": optax.adam(0.1).init(lists),
+            "step": 1,
+        },
+        "train_state",
+    ),
+    "a scale in floats and a step too": lambda: (
+        {"params": {"w": normal(2), "scale": 0.5}, "opt_state": None, "step": 2.0},
+        "train_state",
+    ),
+    "names that NNX has for other things": lambda: (
+        {"params": {"model": {"w": normal(2)}, "optimizer": {"step": normal(2)}}},
+        "variables",
+    ),
+    "names of places and of collections": lambda: (
+        {"params": {"0": {"w": normal(2)}, "1": {"w": normal(3)}, "params": {"value": normal(1)}}},
+        "variables",
+    ),
+    "variables called as keys are": lambda: (
+        {
+            "params": {"hash_key": jnp.ones(2, jnp.uint32), "a/b": normal(2), "ä.✓": normal(3)},
+            "state": {"rng": jax.random.key(1)},
+        },
+        "variables",
+    ),
     "NumPy arrays of 64 bits": lambda: (
         {"params": {"w": np.arange(3, dtype=np.int64), "v": np.linspace(0, 1, 3)}},
         "variables",
@@ -146,6 +176,24 @@ def test_the_layout_is_found_and_comes_back_to_the_letter(name: str, tmp_path: P
     assert convert(linen, tmp_path / "nnx").source_layout == layout
     assert convert(tmp_path / "nnx", tmp_path / "back").destination_layout == layout
     assert_same_checkpoint(tmp_path / "back", linen)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float8_e4m3fn", "int4", "bool", "complex64", "uint32"]
+)
+def test_dtypes_are_kept(dtype: str, tmp_path: Path) -> None:
+    linen = save(tmp_path / "linen", {"params": {"w": normal(2, 3).astype(dtype)}})
+    convert(linen, tmp_path / "nnx")
+    convert(tmp_path / "nnx", tmp_path / "back")
+    assert_same_checkpoint(tmp_path / "back", linen)
+
+
+def test_a_layout_that_was_noted_need_not_be_guessed(tmp_path: Path) -> None:
+    save(tmp_path / "linen", {"params": {"model": {"w": normal(2)}, "optimizer": {"step": {}}}})
+    assert convert(tmp_path / "linen", tmp_path / "nnx").destination_layout == "nnx_model"
+    assert describe(tmp_path / "nnx").layout == "nnx_model"
+    with pytest.raises(CheckpointError, match="does not have the layout 'train_state'"):
+        describe(tmp_path / "nnx", layout="train_state")
 
 
 def _run_of_nnx() -> tuple[Any, Any]:
@@ -180,7 +228,8 @@ def test_a_run_that_began_in_nnx_restores_in_linen(name: str, tmp_path: Path) ->
     }
     if "model and" in name or "both" in name or "pure" in name:
         save(tmp_path / "like", like)
-        convert(tmp_path / "nnx", tmp_path / "linen", like=tmp_path / "like")
+        done = convert(tmp_path / "nnx", tmp_path / "linen", like=tmp_path / "like")
+        assert not done.suggested
         restored = restore(tmp_path / "linen", like)
         assert restored["step"] == 1
         assert_trees_equal(
@@ -198,7 +247,7 @@ def test_a_run_that_began_in_nnx_restores_in_linen(name: str, tmp_path: Path) ->
 def test_without_a_structure_to_follow_the_names_suggest_one(tmp_path: Path) -> None:
     model, optimizer = _run_of_nnx()
     save(tmp_path / "nnx", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
-    convert(tmp_path / "nnx", tmp_path / "linen")
+    assert convert(tmp_path / "nnx", tmp_path / "linen").suggested
     tree = ocp.PyTreeCheckpointer().restore(tmp_path / "linen")
     assert set(tree) == {"params", "batch_stats", "opt_state", "step"}
     # The clip, in front, leaves a gap.
@@ -320,6 +369,9 @@ def test_of_several_items_one_must_be_named(tmp_path: Path) -> None:
         manager.save(1, args=ocp.args.Composite(**items))
     with pytest.raises(CheckpointError, match=r"several items \(ema, state\).*item="):
         convert(tmp_path / "run", tmp_path / "nnx")
+    inside = tmp_path / "run" / "1" / "state"
+    with pytest.raises(CheckpointError, match="state is a checkpoint itself and has no item 'ema'"):
+        convert(inside, tmp_path / "nnx", item="ema")
     convert(tmp_path / "run", tmp_path / "nnx", item="ema")
     assert ocp.PyTreeCheckpointer().restore(tmp_path / "nnx")["w"]["value"][0] == 2
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nnx_bridge import CheckpointError, convert
-from nnx_bridge.checkpoints import _orbax
+from nnx_bridge.checkpoints import _orbax, describe
 from tests.nnx_bridge.checkpoints.files import assert_same_checkpoint, content, save
 
 ROOT = Path(__file__).parents[3]
@@ -39,6 +39,66 @@ def test_a_destination_that_exists_is_not_touched_without_force(linen: Path) -> 
     convert(linen, destination, force=True)
     assert not (destination / "mine").exists()
     assert sorted(p.name for p in linen.parent.iterdir()) == ["linen", "nnx"]
+
+
+def _killed_between_the_renames(destination: Path) -> Path:
+    """What a process leaves that has moved the old destination away, and not the new one in."""
+    nobody = subprocess.Popen([sys.executable, "-c", ""])
+    nobody.wait()
+    folder = destination.with_name(f".{destination.name}.flaxlift-{nobody.pid}-1")
+    folder.mkdir()
+    (folder / "new").mkdir()
+    destination.rename(folder / "old")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["nnx", "run[1]"])
+def test_the_run_after_a_kill_between_the_renames_puts_the_old_one_back(
+    linen: Path, name: str
+) -> None:
+    destination = linen.with_name(name)
+    convert(linen, destination)
+    before = content(destination)
+    folder = _killed_between_the_renames(destination)
+    with pytest.raises(CheckpointError, match=r"killed, .*/old is the old one"):
+        describe(destination)
+    convert(linen, destination, dry_run=True)
+    assert folder.exists()
+    with pytest.raises(CheckpointError, match="exists; force=True"):
+        convert(linen, destination)
+    assert content(destination) == before
+    assert not folder.exists()
+
+
+def test_the_old_destination_comes_back_where_the_new_one_cannot_take_its_place(
+    linen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = linen.with_name("nnx")
+    convert(linen, destination)
+    before = content(destination)
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name == "new":
+            raise OSError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="could not be written: PermissionError"):
+        convert(linen, destination, force=True)
+    assert content(destination) == before
+
+
+def test_what_appears_at_the_destination_meanwhile_is_not_touched(linen: Path) -> None:
+    destination = linen.with_name("linen.msgpack")
+
+    def appears(*args: object) -> None:
+        destination.write_text("mine")
+
+    convert(linen, linen.with_name("nnx"))
+    with pytest.raises(CheckpointError, match="linen.msgpack exists by now"):
+        convert(linen.with_name("nnx"), destination, progress=appears)
+    assert destination.read_text() == "mine"
 
 
 @pytest.mark.parametrize("place", ["linen", "linen/inside", "."])

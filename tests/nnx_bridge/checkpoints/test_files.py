@@ -24,6 +24,7 @@ from nnx_bridge.checkpoints import _msgpack, describe
 from nnx_bridge.checkpoints._entries import loaded, nested
 from nnx_bridge.checkpoints._msgpack import MsgpackReader
 from tests.helpers import assert_trees_equal, normal
+from tests.nnx_bridge.checkpoints.files import save
 from tests.nnx_bridge.checkpoints.models import initial, native, nnx_optimizer
 
 PARAMS = {"kernel": normal(2, 3), "bias": normal(3, dtype=jnp.bfloat16)}
@@ -136,6 +137,15 @@ def test_every_file_of_flax_reads_as_flax_reads_it(
     copy = file.with_name("copy")
     _msgpack.write_msgpack(copy, MsgpackReader(file).entries, lambda *_: None)
     assert copy.read_bytes() == file.read_bytes() or not tree
+
+
+def test_a_typed_key_is_written_as_its_integers(tmp_path: Path) -> None:
+    state = {"params": {"w": jnp.ones(2)}, "step": 1, "dropout_key": jax.random.key(7)}
+    save(tmp_path / "linen", state)
+    convert(tmp_path / "linen", tmp_path / "nnx")
+    convert(tmp_path / "nnx", tmp_path / "back.msgpack")
+    back = serialization.msgpack_restore((tmp_path / "back.msgpack").read_bytes())
+    assert_trees_equal(back, {**state, "dropout_key": jax.random.key_data(jax.random.key(7))})
 
 
 def test_a_file_that_ends_early_is_named_wherever_it_ends(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from nnx_bridge import CheckpointError, from_train_state, load_checkpoint, to_train_state
+from nnx_bridge import CheckpointError, convert, from_train_state, load_checkpoint, to_train_state
 from tests.helpers import assert_trees_equal, normal
-from tests.nnx_bridge.checkpoints.files import save
+from tests.nnx_bridge.checkpoints.files import assert_same_checkpoint, save
 from tests.nnx_bridge.checkpoints.models import batch, initial, linen_step, native, nnx_optimizer
 
 
@@ -135,3 +135,41 @@ def test_a_train_state_of_nnx_is_no_structure_of_linen() -> None:
     like = {"model": nnx.to_pure_dict(nnx.state(model)), "optimizer": {"step": jnp.uint32(0)}}
     with pytest.raises(CheckpointError, match="'nnx_train_state', which is not one of Linen"):
         to_train_state(model, None, like)
+
+
+class _Lists(nnx.Module):
+    """Variables that hold lists."""
+
+    def __init__(self) -> None:
+        self.layers = nnx.Param([{"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}])
+        self.v = nnx.Param(jnp.zeros(2))
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.sm3(0.1)], ids=["adam", "sm3"])
+def test_lists_are_filled_leaf_by_leaf(tx: Any, tmp_path: Path) -> None:
+    params = {"layers": [{"w": normal(2)}, {"w": normal(3)}], "v": normal(2)}
+    state = tx.update(params, tx.init(params), params)[1]
+    linen = save(tmp_path / "linen", {"params": params, "opt_state": state, "step": 4})
+    convert(linen, tmp_path / "nnx")
+    for source in (linen, tmp_path / "nnx"):
+        model = _Lists()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        load_checkpoint(source, model, optimizer)
+        assert_trees_equal(model.layers.get_value(), params["layers"])
+        moment = optimizer.opt_state[0].nu["layers"].get_value()
+        assert_trees_equal(jax.tree.leaves(moment), jax.tree.leaves(state[0].nu["layers"]))
+    convert(tmp_path / "nnx", tmp_path / "back")
+    assert_same_checkpoint(tmp_path / "back", linen)
+
+
+def test_keys_of_an_optimizer_are_a_part_of_its_state(tmp_path: Path) -> None:
+    params = {"kernel": normal(2, 3), "bias": normal(3)}
+    state = optax.add_noise(0.1, 0.5, jax.random.key(5)).init(params)
+    raw = state._replace(rng_key=jax.random.key_data(state.rng_key))
+    for name, opt_state in (("typed", state), ("raw", raw)):
+        save(tmp_path / name, {"params": params, "opt_state": opt_state, "step": 4})
+        model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        other = optax.add_noise(0.1, 0.5, jax.random.key(1))
+        optimizer = nnx.Optimizer(model, other, wrt=nnx.Param)
+        load_checkpoint(tmp_path / name, model, optimizer)
+        assert_trees_equal(optimizer.opt_state.rng_key[...], jax.random.key(5))

@@ -167,6 +167,66 @@ def test_what_nnx_has_no_place_for_must_be_zero(tmp_path: Path) -> None:
         convert(tmp_path / "trained", tmp_path / "never", plan=of_gru)
 
 
+def _cast_plan() -> tuple[dict[str, Any], Plan]:
+    params = {"w": normal(4).astype(jnp.bfloat16), "v": normal(2)}
+
+    class Wide(nnx.Module):
+        def __init__(self) -> None:
+            self.w, self.v = nnx.Param(jnp.zeros(4)), nnx.Param(jnp.zeros(2))
+
+    return params, match({"params": params}, Wide(), cast=["w"])
+
+
+def test_the_casts_of_a_plan_are_done_and_undone(tmp_path: Path) -> None:
+    params, with_cast = _cast_plan()
+    state = {"params": params, "opt_state": optax.adam(0.1).init(params), "step": 3}
+    linen = save(tmp_path / "linen", state)
+    convert(linen, tmp_path / "nnx", plan=with_cast)
+    made = ocp.PyTreeCheckpointer().restore(tmp_path / "nnx")
+    for tree in (made["model"], made["optimizer"]["opt_state"]["0"]["mu"]):
+        assert {name: v["value"].dtype.name for name, v in tree.items()} == {
+            "w": "float32",
+            "v": "float32",
+        }
+    assert_trees_equal(made["model"]["w"]["value"], params["w"].astype(jnp.float32))
+    convert(tmp_path / "nnx", tmp_path / "back", plan=with_cast)
+    assert_same_checkpoint(tmp_path / "back", linen)
+
+
+def test_moments_of_a_dtype_of_their_own_keep_it(tmp_path: Path) -> None:
+    params, with_cast = _cast_plan()
+    moments = optax.adam(0.1, mu_dtype=jnp.float16).init(params)
+    linen = save(tmp_path / "linen", {"params": params, "opt_state": moments, "step": 3})
+    convert(linen, tmp_path / "nnx", plan=with_cast)
+    made = ocp.PyTreeCheckpointer().restore(tmp_path / "nnx")["optimizer"]["opt_state"]["0"]
+    assert {made["mu"]["w"]["value"].dtype.name, made["nu"]["w"]["value"].dtype.name} == {
+        "float16",
+        "float32",
+    }
+
+
+def test_what_a_checkpoint_lacks_is_named_by_its_place_in_nnx(tmp_path: Path) -> None:
+    linen = save(tmp_path / "linen", {"params": PARAMS})
+    made = expected(PARAMS)
+    del made["out"]
+    save(tmp_path / "nnx", jax.tree.map(lambda x: {"value": x}, made))
+    with pytest.raises(CheckpointError, match="lacks out/bias, out/kernel$"):
+        convert(tmp_path / "nnx", tmp_path / "back", plan=plan(), like=linen)
+
+
+def test_a_model_that_began_in_nnx_gets_the_structure_of_the_plan(tmp_path: Path) -> None:
+    save(tmp_path / "nnx", jax.tree.map(lambda x: {"value": x}, expected(PARAMS)))
+    convert(tmp_path / "nnx", tmp_path / "back", plan=plan())
+    assert_trees_equal(ocp.PyTreeCheckpointer().restore(tmp_path / "back")["params"], PARAMS)
+
+
+def test_a_run_that_began_in_nnx_needs_a_structure_beside_the_plan(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    save(tmp_path / "nnx", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
+    with pytest.raises(CheckpointError, match=r"name a Linen checkpoint .* like= \(--like\)"):
+        convert(tmp_path / "nnx", tmp_path / "back", plan=plan())
+
+
 def test_only_a_plan_is_taken_for_one(tmp_path: Path) -> None:
     save(tmp_path / "linen", {"params": PARAMS})
     with pytest.raises(TypeError, match="expected a plan of nnx_bridge.match, got dict"):
