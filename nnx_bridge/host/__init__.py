@@ -1,7 +1,7 @@
 """A Linen module as a tree of NNX modules that runs the Linen program."""
 
-from nnx_bridge.host._calls import Method
 from nnx_bridge.host._host import Host, check_linen_module, check_variables
+from nnx_bridge.host._interventions import Method
 from nnx_bridge.host._node import Node
 from nnx_bridge.host._program import default_mutable
 from nnx_bridge.host._unhost import unhost

@@ -8,41 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any
 
-import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter, LazyRng, Scope
-from flax.errors import InvalidRngError, ScopeParamShapeError, TraceContextError
+from flax.errors import ScopeParamShapeError
 
 from lifted._errors import path_text
 from lifted._nested import thaw
 from nnx_bridge._collections import Path
-from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._checks import explain
 from nnx_bridge.host._frame import Frame
+from nnx_bridge.host._interventions import Method, intervening, mark, marked, run_method
+from nnx_bridge.host._keys import Keys, drawn
 from nnx_bridge.host._layout import bind, given_module
-from nnx_bridge.host._modes import NAMES, find_mode, given, in_modes
+from nnx_bridge.host._modes import find_mode, given
 from nnx_bridge.host._program import Place, Program
 from nnx_bridge.host._replacement import no_replaced_module, replaced_module
-from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import Level, find, slots
-
-Keys: TypeAlias = jax.Array | dict[str, jax.Array]
-Method: TypeAlias = str | Callable[..., Any] | None
 
 
 @dataclasses.dataclass
 class Call:
-    """What a call asks for."""
+    """What a call asks for.
+
+    Attributes:
+      mode: whether the module runs in training; None where it has no mode of its own.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rngs: Keys | nnx.Rngs | None
     method: Method
     mutable: CollectionFilter | None
+    mode: bool | None = None
 
 
 def call(top: Level, node: Level, asked: Call) -> Any:
@@ -54,33 +58,39 @@ def call(top: Level, node: Level, asked: Call) -> Any:
       asked: the call.
     """
     place: Place = slots(node)["_linen"]
+    asked.method = _as_function(asked.method)
     outer = replaced_module()
     rngs = slots(top).get("_linen_rngs") if asked.rngs is None else asked.rngs
-    with no_replaced_module(), _drawn(rngs) as keys:
+    hidden = _NOTHING if outer is None else no_replaced_module()
+    with hidden, _NOTHING if rngs is None else drawn(rngs) as keys:
         if not place.path and (outer is None or keys is not None):
             return _call_root(node, place.program, asked, keys)
         return _call_below(top, node, asked, keys, outer)
 
 
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
+
+
 def _call_root(root: Level, program: Program, asked: Call, keys: Keys | None) -> Any:
     frame = Frame(root, ())
-    module, kwargs = _in_mode(program.module, root, asked)
+    module = _in_mode(program.module, root, asked)
     changeable = program.mutable_collections(asked.mutable, frame.variables)
+    mutable = frame.mutable(changeable)
     try:
-        with _around(program, [frame], _own_modes(module, root, [frame], asked)):
+        with intervening(program, [frame], _own_modes(root, [frame], asked)) as marks:
             result = module.apply(
                 frame.variables,
                 *asked.args,
                 rngs=keys,
-                method=asked.method,
-                mutable=frame.mutable(changeable),
-                **kwargs,
+                method=marked(asked.method, marks),
+                mutable=mutable,
+                **asked.kwargs,
             )
     except Exception as error:
         native = frozenset(frame.replacements)
-        explain(error, module, frame.variables, asked.args, kwargs, asked.method, native)
+        explain(error, module, frame.variables, asked.args, asked.kwargs, asked.method, native)
         raise
-    if frame.mutable(changeable) is False:
+    if mutable is False:
         return result
     output, updates = result
     frame.keep(updates, changeable)
@@ -103,7 +113,7 @@ def _call_below(
             level = node if path == place.path else _outside(top, place, path)
             unbound = _unbound(place, path)
             if path == place.path:
-                unbound, asked.kwargs = _in_mode(unbound, node, asked)
+                unbound = _in_mode(unbound, node, asked)
             frame = Frame(level, path)
             changeable = program.mutable_collections(asked.mutable, frame.variables)
             if keys is None and outer is not None and asked.mutable is None:
@@ -114,14 +124,12 @@ def _call_below(
         return opened[path].module
 
     module = module_at(place.path)
-    method = asked.method if asked.method is not None else "__call__"
     frames = [of.frame for of in opened.values()]
-    modes = _own_modes(module, node, frames, asked)
-    with _around(program, frames, modes), _explained_below(place):
-        if callable(method):
-            output = method(module, *asked.args, **asked.kwargs)
-        else:
-            output = getattr(module, method)(*asked.args, **asked.kwargs)
+    modes = _own_modes(node, frames, asked)
+    with intervening(program, frames, modes) as marks, _explained_below(place):
+        for of in opened.values():
+            mark(of.module, marks)
+        output = run_method(module, asked.method, asked.args, asked.kwargs)
     updates = [dict(of.scope.mutable_variables()) for of in opened.values()]
     for of, updated in zip(opened.values(), updates, strict=True):
         of.scope.invalidate()
@@ -171,8 +179,9 @@ def _scope(
         streams = {name: LazyRng.create(key, *path) for name, key in of_names.items()}
     name = path[-1] if path else None
     # A copy: a scope writes into the dictionaries that it is given.
-    variables = thaw(frame.variables)
-    scope = Scope(variables, rngs=streams, mutable=frame.mutable(changeable), name=name, path=path)
+    variables, mutable = thaw(frame.variables), frame.mutable(changeable)
+    flags = None if outer is None else outer.flags
+    scope = Scope(variables, streams, name, mutable, path=path, flags=flags)
     if counters is not None:
         scope.rng_counters = counters
     return scope
@@ -211,56 +220,29 @@ def _unbound(place: Place, path: Path) -> nn.Module:
     return known.module
 
 
-@contextlib.contextmanager
-def _around(program: Program, frames: list[Frame], modes: Mapping[Path, bool]) -> Iterator[None]:
-    """What watches, replaces and sets Linen's modules during a call, where anything does."""
-    replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
-    with contextlib.ExitStack() as stack:
-        if any(frame.records for frame in frames):
-            called = stack.enter_context(called_modules())
-            for frame in frames:
-                frame.called = called
-        if modes:
-            stack.enter_context(in_modes(modes, program.training))
-        if replacements:
-            stack.enter_context(replacing(replacements, program.layout))
-        elif not program.layout.complete:
-            stack.enter_context(program.layout.watching())
-        yield
-
-
-def _in_mode(module: nn.Module, node: Level, asked: Call) -> tuple[nn.Module, dict[str, Any]]:
-    """A module that is not bound, and the keyword arguments, in the mode of the node."""
-    training = slots(node).get("_linen_mode")
+def _in_mode(module: nn.Module, node: Level, asked: Call) -> nn.Module:
+    """A module that is not bound, in the mode of the node; completes the arguments of the call."""
+    training: bool | None = slots(node).get("_linen_mode")
     if training is None:
-        return module, asked.kwargs
+        return module
     method = method_of(module, asked.method)
-    chosen = slots(node)["_linen"].program.training
-    mode = find_mode(module, method, chosen, given(method, asked.args, asked.kwargs))
+    passed = given(method, asked.args, asked.kwargs)
+    mode = find_mode(module, method, slots(node)["_linen"].program.training, passed)
+    if mode.found:
+        asked.mode = training
     values = mode.values(training)
-    if values.fields:
-        fields: dict[str, Any] = dict(values.fields)
-        module = module.clone(**fields)
-    return module, {**asked.kwargs, **values.arguments}
+    asked.kwargs = {**asked.kwargs, **values.arguments}
+    if not values.fields:
+        return module
+    fields: dict[str, Any] = dict(values.fields)
+    return module.clone(**fields)
 
 
-def _own_modes(
-    module: nn.Module, node: Level, frames: list[Frame], asked: Call
-) -> dict[Path, bool]:
+def _own_modes(node: Level, frames: list[Frame], asked: Call) -> dict[Path, bool]:
     """The modes of the nodes that they do not get from the module that is called."""
-    place: Place = slots(node)["_linen"]
-    modes = {path: mode for frame in frames for path, mode in frame.modes.items()}
-    modes.pop(place.path, None)
-    if not modes:
-        return modes
-    own = slots(node).get("_linen_mode")
-    if own is not None:
-        method = method_of(module, asked.method)
-        passes = given(method, asked.args, asked.kwargs) & NAMES.keys()
-        mode = find_mode(module, method, place.program.training, passes)
-        if not (passes or mode.arguments or mode.fields):
-            return modes  # A module without a mode has none to pass on.
-    return {path: mode for path, mode in modes.items() if mode != own}
+    own: Path = slots(node)["_linen"].path
+    modes = [item for frame in frames for item in frame.modes.items()]
+    return {path: mode for path, mode in modes if mode != asked.mode and path != own}
 
 
 def method_of(module: nn.Module, method: Method) -> Callable[..., Any]:
@@ -271,45 +253,14 @@ def method_of(module: nn.Module, method: Method) -> Callable[..., Any]:
     return found
 
 
+def _as_function(method: Method) -> Method:
+    """The method without what it is bound to: the call says on which variables it runs."""
+    if isinstance(method, functools.partial) and isinstance(method.func, Level):
+        return method.keywords["method"]  # As a node shows it: `model.encode`.
+    if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
+        return method.__func__
+    return method
+
+
 def _no_method(module: nn.Module) -> None:
     """Stands for a method that is not there, which Linen will say."""
-
-
-@contextlib.contextmanager
-def _drawn(rngs: Keys | nnx.Rngs | None) -> Iterator[Keys | None]:
-    """The keys of a call; streams that gave keys to a call that fails get back their counts."""
-    if not isinstance(rngs, nnx.Rngs):
-        yield rngs
-        return
-    counts = [(rngs[name].count, rngs[name].count.get_value()) for name in rngs]
-    try:
-        keys = draw(rngs)
-    except TraceContextError:
-        # Closed over by a transform of JAX, the streams cannot move: what draws nothing still runs.
-        try:
-            yield None
-        except InvalidRngError as error:
-            error.add_note(_CLOSED_OVER)
-            raise
-        return
-    try:
-        yield keys
-    except BaseException:
-        for variable, value in counts:
-            variable.set_value(value)
-        raise
-
-
-_CLOSED_OVER = (
-    "The model is closed over by a transform of JAX, in which its streams cannot move: make it an "
-    "argument of a transform of NNX or of lifted, or pass keys with rngs=."
-)
-
-
-def draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:
-    """A key for each stream; the stream `default` serves as Linen's `params`."""
-    # Not by `rngs.items()`: `nnx.tabulate` compiles every public method, and it is a generator.
-    keys = {name: rngs[name]() for name in rngs}
-    if "default" in keys:
-        keys.setdefault("params", keys.pop("default"))
-    return keys

@@ -61,9 +61,8 @@ def deposit(root: nnx.Module, collections: Variables, modules: Sequence[Path]) -
 
 
 @contextlib.contextmanager
-def called_modules() -> Iterator[list[Path]]:
-    """Collects the paths of the Linen modules whose methods run."""
-    paths: list[Path] = []
+def called_modules(paths: list[Path]) -> Iterator[None]:
+    """Adds to ``paths`` those of the Linen modules whose methods run."""
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = path_of(context.module)
@@ -72,7 +71,7 @@ def called_modules() -> Iterator[list[Path]]:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        yield paths
+        yield
 
 
 def recorded_values(variable: nnx.Variable[Any]) -> dict[str, Any]:

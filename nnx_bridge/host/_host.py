@@ -16,8 +16,9 @@ from flax.core.scope import CollectionFilter
 
 from lifted._errors import describe, path_text
 from nnx_bridge._collections import Variables
-from nnx_bridge.host._calls import Keys, Method, draw
 from nnx_bridge.host._checks import differences, not_finite
+from nnx_bridge.host._interventions import Method, marked
+from nnx_bridge.host._keys import Keys, draw
 from nnx_bridge.host._layout import Layout
 from nnx_bridge.host._node import Node, node_type
 from nnx_bridge.host._program import Place, Program, default_mutable
@@ -137,7 +138,8 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         keys = draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
         layout = Layout()
         with layout.watching():
-            variables = module.init(keys, *args, method=method, **kwargs)
+            watched = marked(method, [layout.mark])
+            variables = module.init(keys, *args, method=watched, **kwargs)
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
         return cls(module, variables, rngs=rngs, **options)
 

@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path
+from nnx_bridge.host._marks import has_mark, new_mark
 
 Shapes = tuple[tuple[str, Any], ...]
 
@@ -60,20 +61,26 @@ class Layout:
       submodules: by path; the model itself is at `()`.
       returned: by path, name of the method, and shapes of the arguments.
       complete: whether a call has been watched from beginning to end.
+      mark: what a call is marked with while it is watched.
     """
 
     def __init__(self) -> None:
         self.submodules: dict[Path, Submodule] = {}
         self.returned: dict[tuple[Path, str, Shapes], Shapes] = {}
         self.complete = False
+        self.mark = new_mark()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Notes the modules whose methods run in this context."""
+        """Notes the modules whose methods run in this context, in scopes that have its mark."""
 
         def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path, method = path_of(context.module), context.method_name
-            if path is None or method in NOT_CALLED:
+            if (
+                path is None
+                or method in NOT_CALLED
+                or not has_mark(context.module.scope, self.mark)
+            ):
                 return call(*args, **kwargs)
             arguments = shapes((args, kwargs))
             result = call(*args, **kwargs)
@@ -93,7 +100,7 @@ class Layout:
             return
         # Of two modules that share a scope the outer one is noted last.
         self.submodules[path] = unbound(module)
-        for child in _below(module):
+        for child in below(module):
             if path_of(child) not in self.submodules:
                 self.note(child)
 
@@ -108,7 +115,7 @@ class Layout:
                 found = waiting.pop()
                 dir(found)  # Runs `setup`.
                 layout.note(found)
-                waiting += _below(found)
+                waiting += below(found)
 
         def run(variables: Any) -> None:
             # In a method: outside, modules that `setup` gives to others are taken for theirs.
@@ -233,7 +240,7 @@ def _released(value: Any, own: Path, made: dict[int, nn.Module]) -> Any:
     return made[id(value)]
 
 
-def _below(module: nn.Module) -> list[nn.Module]:
+def below(module: nn.Module) -> list[nn.Module]:
     """The modules among the attributes of a bound module that are bound below it."""
     own = path_of(module) or ()
     values = jax.tree.leaves(list(vars(module).values()), is_leaf=_is_module)

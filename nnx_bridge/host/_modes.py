@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host._layout import NOT_CALLED, path_of
+from nnx_bridge.host._marks import has_mark
 
 # The names by which Linen models ask for the mode, with their values in training.
 NAMES = {
@@ -37,10 +38,17 @@ class Mode:
     Attributes:
       arguments: the arguments of the method, with their values in training.
       fields: the fields of the module, with their values in training.
+      passed: whether the call passes the mode itself.
     """
 
     arguments: dict[str, bool]
     fields: dict[str, bool]
+    passed: bool = False
+
+    @property
+    def found(self) -> bool:
+        """Whether the module has a mode, which it can pass on to those below."""
+        return self.passed or bool(self.arguments or self.fields)
 
     def values(self, training: bool) -> Mode:
         """The values in training, or in evaluation."""
@@ -66,7 +74,10 @@ def find_mode(
       ValueError: nothing was chosen, and several names are found.
     """
     names = NAMES if chosen is None else chosen
-    arguments = {n: names[n] for n in names if n in parameters(method)}
+    if not passed.isdisjoint(names):
+        return Mode({}, {}, passed=True)
+    taken = parameters(method)
+    arguments = {n: value for n, value in names.items() if n in taken}
     fields = {
         f.name: names[f.name]
         for f in dataclasses.fields(module)
@@ -74,8 +85,6 @@ def find_mode(
         if f.name in names and (f.name not in arguments or getattr(module, f.name) is not None)
     }
     arguments = {n: value for n, value in arguments.items() if n not in fields}
-    if passed & names.keys():
-        return Mode({}, {})
     if chosen is None and len(arguments) + len(fields) > 1:
         found = [f"argument {n!r}" for n in arguments] + [f"field {n!r}" for n in fields]
         example = ", ".join(f"{n!r}: {value}" for n, value in {**arguments, **fields}.items())
@@ -103,18 +112,23 @@ def given(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
 
 
 @contextlib.contextmanager
-def in_modes(modes: Mapping[Path, bool], chosen: Mapping[str, bool] | None) -> Iterator[None]:
+def in_modes(
+    modes: Mapping[Path, bool], chosen: Mapping[str, bool] | None, mark: int
+) -> Iterator[None]:
     """A context in which some modules run in modes of their own.
 
     Args:
       modes: whether each is in training, by their paths.
       chosen: as of `find_mode`.
+      mark: that of the scopes of the model.
     """
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         path = path_of(module)
         if path is None or path not in modes or name in NOT_CALLED:
+            return call(*args, **kwargs)
+        if not has_mark(module.scope, mark):
             return call(*args, **kwargs)
         method = getattr(type(module), name)
         values = find_mode(module, method, chosen).values(modes[path])

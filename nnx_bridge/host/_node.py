@@ -15,7 +15,9 @@ from flax.core.scope import CollectionFilter
 
 from lifted._errors import describe, path_text, suggestion
 from nnx_bridge import _flax_private
-from nnx_bridge.host._calls import Call, Keys, Method, call, method_of
+from nnx_bridge.host._calls import Call, call, method_of
+from nnx_bridge.host._interventions import Method
+from nnx_bridge.host._keys import Keys
 from nnx_bridge.host._modes import find_mode
 from nnx_bridge.host._program import Place
 from nnx_bridge.host._tree import OWN_ATTRIBUTES, RESERVED, Level, escaped, put, slots, unescaped

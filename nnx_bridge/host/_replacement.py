@@ -34,6 +34,7 @@ from nnx_bridge._collections import (
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
 from nnx_bridge.host._layout import shapes
+from nnx_bridge.host._marks import new_mark
 
 STACKED = (
     "init gives an NNX module the values that it has. It cannot do so where a transform of Linen "
@@ -48,6 +49,15 @@ class Replacement:
         self.path = path
         self.kind = type(module)
         self._graphdef, self._paths, self._leaves, _ = _flax_private.flatten(module)
+
+    @property
+    def mark(self) -> int:
+        """Tells a trace of it from others: it is of all of it but the values of its Variables."""
+        bare = not all(isinstance(leaf, nnx.Variable) for leaf in self._leaves)
+        try:
+            return new_mark() if bare else hash((self.path, self._graphdef))
+        except TypeError:  # An attribute cannot be hashed.
+            return new_mark()
 
     @property
     def where(self) -> str:

@@ -12,18 +12,23 @@ from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
+from nnx_bridge.host._marks import has_mark
 from nnx_bridge.host._replacement import STACKED, Replacement, listing
 
 
 @contextlib.contextmanager
 def replacing(
-    replacements: Mapping[Path, Replacement], layout: Layout, base: Path = ()
+    replacements: Mapping[Path, Replacement],
+    layout: Layout,
+    mark: int | None = None,
+    base: Path = (),
 ) -> Iterator[None]:
     """A context in which Linen's modules are replaced.
 
     Args:
       replacements: by the paths of what they replace.
       layout: what is known of the model, for checks of what they return.
+      mark: that of the scopes of the model; by default, every scope is one of them.
       base: the path of the model, where it is a part of another one.
     """
     running = False
@@ -35,7 +40,7 @@ def replacing(
             return call(*args, **kwargs)
         replacement = replacements.get(path[len(base) :])
         name = context.method_name
-        if replacement is None:
+        if replacement is None or not (mark is None or has_mark(context.module.scope, mark)):
             return call(*args, **kwargs)
         if name == "setup":
             return _set_up(call, context.module.scope, replacement)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
+from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
@@ -59,6 +60,7 @@ def _replaced(
     """The module as an instance of a subclass that calls the replacements."""
     kind = type(module)
     active = _Active()
+    marks = [replacement.mark for replacement in replacements.values()]
 
     def method(name: str) -> Callable[..., Any]:
         function = getattr(kind, name)
@@ -68,8 +70,9 @@ def _replaced(
             if self.scope is None or active.now:  # A method that another one calls.
                 return function(self, *args, **kwargs)
             active.now = True
+            mark(self, marks)
             try:
-                with replacing(replacements, layout, path_of(self) or ()):
+                with replacing(replacements, layout, base=path_of(self) or ()):
                     result = function(self, *args, **kwargs)
             finally:
                 active.now = False

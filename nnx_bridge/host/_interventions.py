@@ -1,0 +1,88 @@
+"""What a host does to Linen's modules while they run: it watches, replaces, sets modes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+from flax import linen as nn
+
+from nnx_bridge._collections import Path
+from nnx_bridge.host import _marks
+from nnx_bridge.host._captures import called_modules
+from nnx_bridge.host._frame import Frame
+from nnx_bridge.host._layout import below
+from nnx_bridge.host._modes import in_modes
+from nnx_bridge.host._program import Program
+from nnx_bridge.host._replacing import replacing
+
+Method: TypeAlias = str | Callable[..., Any] | None
+
+
+def intervening(
+    program: Program, frames: list[Frame], modes: Mapping[Path, bool]
+) -> AbstractContextManager[list[int]]:
+    """What watches, replaces and sets Linen's modules during a call, where anything does."""
+    contexts: list[AbstractContextManager[Any]] = []
+    marks: list[int] = []
+    layout = program.layout
+    if any(frame.records for frame in frames):
+        # Those that are known already, since `nn.jit` may run a module without calling it.
+        called = list(layout.submodules)
+        for frame in frames:
+            frame.called = called
+        contexts.append(called_modules(called))
+    if modes:
+        chosen = program.training
+        marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
+        contexts.append(in_modes(modes, chosen, marks[-1]))
+    replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
+    if replacements:
+        marks.append(hash(tuple(replacement.mark for replacement in replacements.values())))
+        contexts.append(replacing(replacements, layout, marks[-1]))
+    elif not layout.complete:
+        marks.append(layout.mark)
+        contexts.append(layout.watching())
+    return _entered(contexts, marks) if contexts else _NO_MARKS
+
+
+@contextlib.contextmanager
+def _entered(contexts: list[AbstractContextManager[Any]], marks: list[int]) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield marks
+
+
+_NO_MARKS: AbstractContextManager[list[int]] = contextlib.nullcontext([])
+
+
+def mark(module: nn.Module, marks: Sequence[int]) -> None:
+    """Marks a bound module and those below it."""
+    waiting = [module] if marks else []
+    while waiting:
+        found = waiting.pop()
+        assert found.scope is not None
+        _marks.mark(found.scope, marks)
+        waiting += below(found)
+
+
+def marked(method: Method, marks: Sequence[int]) -> Method:
+    """The method of a Linen module, run in a scope with ``marks``."""
+    if not marks:
+        return method
+
+    def run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        mark(module, marks)
+        return run_method(module, method, args, kwargs)
+
+    return run
+
+
+def run_method(module: nn.Module, method: Method, args: Any, kwargs: Any) -> Any:
+    """Calls a method of a bound Linen module."""
+    if callable(method):
+        return method(module, *args, **kwargs)
+    return getattr(module, method or "__call__")(*args, **kwargs)

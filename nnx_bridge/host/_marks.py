@@ -1,0 +1,35 @@
+"""Marks by which the modules of a call are known, to what is done to them and to `nn.jit`.
+
+What a host does to Linen's modules while they run is done through `nn.intercept_methods`, which
+sees every Linen module: also those of another model that this one applies inside. And `nn.jit`
+takes a trace that it has again for a module with equal fields, an equal scope and equal inputs,
+whatever is done to it from outside. So a call leaves marks among the flags of its scope: they go to
+the scopes of all modules below, and scopes with other marks are not equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from flax.core import freeze
+from flax.core.scope import Scope
+
+_FLAG = "nnx_bridge"
+_numbers = itertools.count()
+
+
+def new_mark() -> int:
+    """A mark that no other call has."""
+    return hash(("new", next(_numbers)))
+
+
+def mark(scope: Scope, marks: Sequence[int]) -> None:
+    """Marks a scope, and with it those that will be opened below."""
+    both = {*scope.get_flag(_FLAG, ()), *marks}
+    scope.flags = freeze({**scope.flags, _FLAG: tuple(sorted(both))})
+
+
+def has_mark(scope: Scope, mark: int) -> bool:
+    """Whether a scope belongs to a call with this mark."""
+    return mark in scope.get_flag(_FLAG, ())
