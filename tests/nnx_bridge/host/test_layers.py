@@ -1,11 +1,12 @@
 """Every public layer of Linen runs as NNX with the bits that it has in Linen.
 
-Initial variables, outputs, updates and gradients are compared without tolerance: the programs are
-the same.
+Initial variables, outputs and updates are compared without tolerance; the gradients of parameters
+and inputs are the same program, equation by equation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import nnx_bridge
-from tests.helpers import assert_trees_equal, normal
+from nnx_bridge.host import default_mutable
+from tests.helpers import assert_same_program, assert_trees_equal, normal
 
 IMAGE, ROW, SEQUENCE = normal(2, 6, 6, 4), normal(3, 4), normal(2, 5, 4)
 TOKENS = jnp.array([[0, 3, 1], [2, 2, 6]])
@@ -133,10 +136,16 @@ LAYERS = {
 BASES = {"Module", "RNNCellBase"}
 
 
+@functools.cache
+def initial(name: str) -> Any:
+    module, args, kwargs = LAYERS[name]
+    return module.init(KEYS, *args, **kwargs)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_hosted_layer_is_the_layer(name: str) -> None:
     module, args, kwargs = LAYERS[name]
-    variables = module.init(KEYS, *args, **kwargs)
+    variables = initial(name)
     host = nnx_bridge.Host.init(module, KEYS, *args, **kwargs)
     assert_trees_equal(nnx_bridge.unhost(host)[1], variables)
 
@@ -148,6 +157,44 @@ def test_the_hosted_layer_is_the_layer(name: str) -> None:
     assert_trees_equal(nnx_bridge.unhost(host)[1], variables)
     assert type(host).__name__ == type(module).__name__
     assert nnx_bridge.unhost(host)[0] is module
+
+
+def size(y: Any) -> jax.Array:
+    """A real number that depends on all of ``y``."""
+    return sum(jnp.sum(jnp.real(leaf * jnp.conj(leaf))) for leaf in jax.tree.leaves(y))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradients_of_the_hosted_layer_are_those_of_the_layer(name: str) -> None:
+    module, args, kwargs = LAYERS[name]
+    variables = initial(name)
+    mutable = default_mutable(variables)
+    inexact = lambda x: jnp.issubdtype(getattr(x, "dtype", jnp.int32), jnp.inexact)  # noqa: E731
+    places = [i for i, x in enumerate(args) if all(map(inexact, jax.tree.leaves(x)))]
+
+    def loss(call: Callable[..., Any], inputs: tuple[Any, ...]) -> jax.Array:
+        given = dict(zip(places, inputs, strict=True))
+        return size(call(*[given.get(i, x) for i, x in enumerate(args)], rngs=KEYS, **kwargs))
+
+    def linen(variables: Any, *inputs: Any) -> Any:
+        def of_params(params: Any, *inputs: Any) -> jax.Array:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                y = module.apply({**variables, "params": params}, *args, mutable=mutable, **kwargs)
+                return y if mutable is False else y[0]
+
+            return loss(call, inputs)
+
+        wrt = tuple(range(len(inputs) + 1))
+        return jax.grad(of_params, wrt)(variables.get("params", {}), *inputs)
+
+    graphdef = nnx.graphdef(nnx_bridge.Host(module, variables))
+
+    def hosted(variables: Any, *inputs: Any) -> Any:
+        model = nnx.merge(graphdef, nnx_bridge.to_state(variables))
+        wrt = tuple(range(len(inputs) + 1))
+        return nnx.grad(lambda model, *inputs: loss(model, inputs), argnums=wrt)(model, *inputs)
+
+    assert_same_program(hosted, linen, variables, *[args[i] for i in places])
 
 
 def test_every_public_layer_is_here() -> None:
