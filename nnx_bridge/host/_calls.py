@@ -17,7 +17,7 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter, LazyRng, Scope
-from flax.errors import ScopeParamShapeError
+from flax.errors import InvalidRngError, ScopeParamShapeError
 
 from lifted._errors import path_text
 from lifted._nested import thaw
@@ -25,7 +25,7 @@ from nnx_bridge._collections import Path
 from nnx_bridge.host._checks import explain
 from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._interventions import Method, intervening, mark, marked, run_method
-from nnx_bridge.host._keys import Keys, drawn
+from nnx_bridge.host._keys import Keys, drawn, named_keys
 from nnx_bridge.host._layout import bind, given_module
 from nnx_bridge.host._modes import find_mode, given
 from nnx_bridge.host._program import Place, Program
@@ -62,10 +62,14 @@ def call(top: Level, node: Level, asked: Call) -> Any:
     outer = replaced_module()
     rngs = slots(top).get("_linen_rngs") if asked.rngs is None else asked.rngs
     hidden = _NOTHING if outer is None else no_replaced_module()
-    with hidden, _NOTHING if rngs is None else drawn(rngs) as keys:
-        if not place.path and (outer is None or keys is not None):
-            return _call_root(node, place.program, asked, keys)
-        return _call_below(top, node, asked, keys, outer)
+    try:
+        with hidden, _NOTHING if rngs is None else drawn(rngs) as keys:
+            if not place.path and (outer is None or keys is not None):
+                return _call_root(node, place.program, asked, keys)
+            return _call_below(top, node, asked, keys, outer)
+    except InvalidRngError as error:
+        error.add_note(named_keys(rngs))
+        raise
 
 
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
@@ -79,7 +83,7 @@ def _call_root(root: Level, program: Program, asked: Call, keys: Keys | None) ->
     try:
         with intervening(program, [frame], _own_modes(root, [frame], asked)) as marks:
             result = module.apply(
-                frame.variables,
+                {**frame.variables, **frame.places},
                 *asked.args,
                 rngs=keys,
                 method=marked(asked.method, marks),
@@ -118,8 +122,10 @@ def _call_below(
             changeable = program.mutable_collections(asked.mutable, frame.variables)
             if keys is None and outer is not None and asked.mutable is None:
                 changeable = outer.mutable
-            scope = _scope(frame, path, changeable, keys, outer)
-            opened[path] = _Opened(frame, scope, changeable)
+            # A copy: a scope writes into the dictionaries that it is given.
+            variables = thaw(frame.variables)
+            scope = _scope(variables, path, frame.mutable(changeable), keys, outer)
+            opened[path] = _Opened(frame, variables, scope, changeable)
             opened[path].module = bind(unbound, scope, module_at)
         return opened[path].module
 
@@ -128,6 +134,7 @@ def _call_below(
     modes = _own_modes(node, frames, asked)
     with intervening(program, frames, modes) as marks, _explained_below(place):
         for of in opened.values():
+            of.variables.update(of.frame.places)
             mark(of.module, marks)
         output = run_method(module, asked.method, asked.args, asked.kwargs)
     updates = [dict(of.scope.mutable_variables()) for of in opened.values()]
@@ -155,13 +162,18 @@ class _Opened:
     """A module that a call of a node needs: its own, or one that it was given."""
 
     frame: Frame
+    variables: dict[str, Any]
     scope: Scope
     changeable: CollectionFilter
     module: nn.Module = dataclasses.field(init=False)
 
 
 def _scope(
-    frame: Frame, path: Path, changeable: CollectionFilter, keys: Keys | None, outer: Scope | None
+    variables: dict[str, Any],
+    path: Path,
+    mutable: CollectionFilter,
+    keys: Keys | None,
+    outer: Scope | None,
 ) -> Scope:
     """The scope of a module at ``path``.
 
@@ -178,8 +190,6 @@ def _scope(
         of_names = keys if isinstance(keys, Mapping) else {} if keys is None else {"params": keys}
         streams = {name: LazyRng.create(key, *path) for name, key in of_names.items()}
     name = path[-1] if path else None
-    # A copy: a scope writes into the dictionaries that it is given.
-    variables, mutable = thaw(frame.variables), frame.mutable(changeable)
     flags = None if outer is None else outer.flags
     scope = Scope(variables, streams, name, mutable, path=path, flags=flags)
     if counters is not None:
@@ -240,9 +250,12 @@ def _in_mode(module: nn.Module, node: Level, asked: Call) -> nn.Module:
 
 def _own_modes(node: Level, frames: list[Frame], asked: Call) -> dict[Path, bool]:
     """The modes of the nodes that they do not get from the module that is called."""
-    own: Path = slots(node)["_linen"].path
-    modes = [item for frame in frames for item in frame.modes.items()]
-    return {path: mode for path, mode in modes if mode != asked.mode and path != own}
+    modes = {path: mode for frame in frames for path, mode in frame.modes.items()}
+    modes.pop(slots(node)["_linen"].path, None)
+    other = {path for path, mode in modes.items() if mode != asked.mode}
+    # What a module gets from one whose mode is another may not be its own.
+    inside = [p for p in modes if other and any(p[:depth] in other for depth in range(len(p)))]
+    return {path: modes[path] for path in (*other, *inside)}
 
 
 def method_of(module: nn.Module, method: Method) -> Callable[..., Any]:

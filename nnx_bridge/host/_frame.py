@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -9,6 +10,7 @@ from flax.core.scope import CollectionFilter, in_filter, union_filters
 
 from nnx_bridge._collections import Path, Variables
 from nnx_bridge.host._captures import deposit, recorded
+from nnx_bridge.host._marks import COLLECTION, places
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._tree import Contents, contents, write
 
@@ -26,6 +28,7 @@ class Frame:
         # Sown values are a record of one call, so they are no input of the next.
         variables.pop("intermediates", None)
         self.variables: dict[str, Any] = {**variables, **self._captured}
+        self.places: dict[str, Any] = {}
 
     @property
     def records(self) -> bool:
@@ -47,9 +50,22 @@ class Frame:
         """The filter with which Linen is called."""
         return union_filters(changeable, list(self._captured)) if self._captured else changeable
 
+    def mark(self, marks: Mapping[Path, Hashable]) -> None:
+        """Marks the modules at these paths of the model, by the collection `places`."""
+        depth = len(self._path)
+        self.places = places(
+            {path[depth:]: mark for path, mark in marks.items() if path[:depth] == self._path}
+        )
+
+    @property
+    def modules(self) -> set[Path]:
+        """The paths in the model of all that may be a module."""
+        paths = {path[1:] for path, _ in self._contents.variables}
+        return {(*self._path, *p[:depth]) for p in paths for depth in range(len(p))}
+
     def keep(self, updates: Variables, changeable: CollectionFilter) -> None:
         """Writes what a call changed."""
-        updates = dict(updates)
+        updates = {c: values for c, values in updates.items() if c != COLLECTION}
         sown = {c: updates.pop(c) for c in self._captured if c in updates}
         depth = len(self._path)
         below = [path[depth:] for path in self.called if path[:depth] == self._path]

@@ -140,6 +140,8 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         with layout.watching():
             watched = marked(method, [layout.mark])
             variables = module.init(keys, *args, method=watched, **kwargs)
+        # `nn.jit` runs equal modules by one trace: the first call will see them all.
+        layout.complete = layout.has_modules_of(variables)
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
         return cls(module, variables, rngs=rngs, **options)
 

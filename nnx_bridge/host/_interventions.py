@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ def intervening(
     """What watches, replaces and sets Linen's modules during a call, where anything does."""
     contexts: list[AbstractContextManager[Any]] = []
     marks: list[int] = []
+    places: dict[Path, Hashable] = {}
     layout = program.layout
     if any(frame.records for frame in frames):
         # Those that are known already, since `nn.jit` may run a module without calling it.
@@ -38,13 +39,20 @@ def intervening(
         chosen = program.training
         marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
         contexts.append(in_modes(modes, chosen, marks[-1]))
+        places.update(modes)
     replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
     if replacements:
-        marks.append(hash(tuple(replacement.mark for replacement in replacements.values())))
+        of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
+        marks.append(hash(tuple(of_replacements.items())))
+        places.update(of_replacements)
         contexts.append(replacing(replacements, layout, marks[-1]))
     elif not layout.complete:
         marks.append(layout.mark)
+        places.update((path, path) for frame in frames for path in frame.modules)
         contexts.append(layout.watching())
+    if places:
+        for frame in frames:
+            frame.mark(places)
     return _entered(contexts, marks) if contexts else _NO_MARKS
 
 

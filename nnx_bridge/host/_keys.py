@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 import jax
@@ -51,3 +51,14 @@ def draw(rngs: nnx.Rngs) -> dict[str, jax.Array]:
     if "default" in keys:
         keys.setdefault("params", keys.pop("default"))
     return keys
+
+
+def named_keys(rngs: Keys | nnx.Rngs | None) -> str:
+    """Says for which streams a call had keys."""
+    if rngs is None:
+        return (
+            "The host has no streams: make it with some, Host(..., rngs={'dropout': key}), or pass "
+            "keys with rngs=."
+        )
+    names = list(rngs) if isinstance(rngs, nnx.Rngs | Mapping) else ["params"]
+    return f"The call had keys for the streams {', '.join(map(repr, names)) or 'of no name'}."

@@ -21,7 +21,7 @@ from flax import errors
 from flax import linen as nn
 
 from lifted._errors import path_text
-from nnx_bridge._collections import Path
+from nnx_bridge._collections import Path, Variables, flatten
 from nnx_bridge.host._marks import has_mark, new_mark
 
 Shapes = tuple[tuple[str, Any], ...]
@@ -127,6 +127,10 @@ class Layout:
             # Its `setup` needs what is not there; the first call will say what.
             return cls()
         return layout
+
+    def has_modules_of(self, variables: Variables) -> bool:
+        """Whether the modules of all variables are known."""
+        return all(path[1:-1] in self.submodules for path, _ in flatten(variables))
 
     def children(self, path: Path) -> list[str]:
         """Names of the modules below the one at ``path``."""

@@ -4,18 +4,23 @@ What a host does to Linen's modules while they run is done through `nn.intercept
 sees every Linen module: also those of another model that this one applies inside. And `nn.jit`
 takes a trace that it has again for a module with equal fields, an equal scope and equal inputs,
 whatever is done to it from outside. So a call leaves marks among the flags of its scope: they go to
-the scopes of all modules below, and scopes with other marks are not equal.
+the scopes of all modules below, and scopes with other marks are not equal. And since modules of one
+call are equal in these, the places at which something is done are marked by a collection without
+values: it makes the variables of such a module another pytree than those of its sisters.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from flax.core import freeze
 from flax.core.scope import Scope
 
-_FLAG = "nnx_bridge"
+from nnx_bridge._collections import Path, nest
+
+COLLECTION = _FLAG = "nnx_bridge"
 _numbers = itertools.count()
 
 
@@ -33,3 +38,9 @@ def mark(scope: Scope, marks: Sequence[int]) -> None:
 def has_mark(scope: Scope, mark: int) -> bool:
     """Whether a scope belongs to a call with this mark."""
     return mark in scope.get_flag(_FLAG, ())
+
+
+def places(marks: Mapping[Path, Hashable]) -> dict[str, Any]:
+    """The collection that marks modules, by their paths; none where there are no marks."""
+    tree = nest(((*path, f"mark_{hash(mark)}"), {}) for path, mark in marks.items())
+    return {COLLECTION: tree} if tree else {}

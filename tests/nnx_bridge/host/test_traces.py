@@ -156,6 +156,33 @@ def test_the_modules_below_are_known_though_they_were_traced_before() -> None:
         assert model.pair.a.train is not None and model.pair.a(X) == 0
 
 
+class Sisters(nn.Module):
+    """Modules that are equal to `nn.jit`: it runs the second one by the trace of the first."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for name in ("first", "second", "third"):
+            x = CLASSES["jit"](train, name=name)(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def test_one_of_several_equal_modules_is_changed(name: str) -> None:
+    model = Host.init(Sisters(), KEY, X)
+    assert model(X) == 0
+    model.eval()
+    model[name].train()
+    assert model(X) == 2
+    model[name].a.eval()
+    assert model(X) == 1 and "nnx_bridge" not in nnx_bridge.unhost(model)[1]
+    model(X, mutable=True)
+    assert set(nnx_bridge.unhost(model)[1]) <= {"params", "intermediates"}
+    model.eval()
+    model[name].b = Native(10)
+    assert model(X) == 10
+    assert model[name].a.train is not None
+
+
 def test_sown_dictionaries_are_values_though_they_were_traced_before() -> None:
     model = hosted(CLASSES["jit"])
     for _ in range(2):
