@@ -58,7 +58,8 @@ def call(top: Level, node: Level, asked: Call) -> Any:
       asked: the call.
     """
     place: Place = slots(node)["_linen"]
-    asked.method = _as_function(asked.method)
+    if asked.method is not None:
+        asked.method = _as_function(asked.method)
     outer = replaced_module()
     rngs = slots(top).get("_linen_rngs") if asked.rngs is None else asked.rngs
     hidden = _NOTHING if outer is None else no_replaced_module()
@@ -251,6 +252,8 @@ def _in_mode(module: nn.Module, node: Level, asked: Call) -> nn.Module:
 def _own_modes(node: Level, frames: list[Frame], asked: Call) -> dict[Path, bool]:
     """The modes of the nodes that they do not get from the module that is called."""
     modes = {path: mode for frame in frames for path, mode in frame.modes.items()}
+    if not modes:
+        return modes
     modes.pop(slots(node)["_linen"].path, None)
     other = {path for path, mode in modes.items() if mode != asked.mode}
     # What a module gets from one whose mode is another may not be its own.

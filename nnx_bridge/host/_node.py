@@ -134,7 +134,7 @@ class Node(Level, metaclass=NodeType):
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if isinstance(value, Level):
+        if Level in type(value).__mro__:  # `isinstance` takes longer.
             _reached[value] = weakref.ref(self)
         return value
 

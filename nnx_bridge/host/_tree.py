@@ -88,7 +88,7 @@ def put(node: Level, attribute: str, value: Any) -> None:
 def contents(root: nnx.Module) -> Contents:
     """What stands in the tree of ``root``, or in a replacement, by paths that begin there."""
     found = Contents()
-    if isinstance(root, Level):
+    if Level in type(root).__mro__:
         _collect(root, (), found)
     else:
         found.replacements[()] = root
@@ -101,7 +101,7 @@ def contents(root: nnx.Module) -> Contents:
     return found
 
 
-def _collect(node: Level, path: Path, found: Contents) -> None:
+def _collect(node: nnx.Module, path: Path, found: Contents) -> None:
     attributes = slots(node)
     place: Place = attributes["_linen"]
     training = attributes.get("_linen_mode")
