@@ -12,10 +12,12 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from nnx_bridge import _flax_private
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
+from nnx_bridge.host._marks import places
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import contents
@@ -60,7 +62,8 @@ def _replaced(
     """The module as an instance of a subclass that calls the replacements."""
     kind = type(module)
     active = _Active()
-    marks = [replacement.mark for replacement in replacements.values()]
+    of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
+    marks = [hash(tuple(of_replacements.items()))]
 
     def method(name: str) -> Callable[..., Any]:
         function = getattr(kind, name)
@@ -72,7 +75,10 @@ def _replaced(
             active.now = True
             mark(self, marks)
             try:
-                with replacing(replacements, layout, base=path_of(self) or ()):
+                with (
+                    replacing(replacements, layout, base=path_of(self) or ()),
+                    _flax_private.extra_collections(self.scope, places(of_replacements)),
+                ):
                     result = function(self, *args, **kwargs)
             finally:
                 active.now = False

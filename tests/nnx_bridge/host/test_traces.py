@@ -17,6 +17,7 @@ from flax import nnx
 
 import nnx_bridge
 from nnx_bridge import Host
+from tests.helpers import assert_trees_equal
 
 X = jnp.float32(0)
 KEY = jax.random.key(0)
@@ -181,6 +182,9 @@ def test_one_of_several_equal_modules_is_changed(name: str) -> None:
     model[name].b = Native(10)
     assert model(X) == 10
     assert model[name].a.train is not None
+    linen, variables = nnx_bridge.unhost(model)
+    assert linen.apply(variables, X) == linen.apply(variables, X, mutable=True)[0] == 10
+    assert_trees_equal(linen.init(KEY, X), {"params": variables["params"]})
 
 
 def test_sown_dictionaries_are_values_though_they_were_traced_before() -> None:
