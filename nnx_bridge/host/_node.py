@@ -15,10 +15,11 @@ from flax.core.scope import CollectionFilter
 
 from lifted._errors import describe, path_text, suggestion
 from nnx_bridge import _flax_private
+from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name, linen_name
 from nnx_bridge.host._calls import Call, Keys, Method, call, method_of
 from nnx_bridge.host._modes import find_mode
 from nnx_bridge.host._program import Place
-from nnx_bridge.host._tree import OWN_ATTRIBUTES, RESERVED, Level, escaped, put, slots, unescaped
+from nnx_bridge.host._tree import Level, put, slots
 
 # From which node each node was last reached, so that one which is called by itself finds the keys
 # and the modules of the model that it is a part of.
@@ -116,16 +117,16 @@ class Node(Level, metaclass=NodeType):
 
     def __getitem__(self, name: str) -> Any:
         """The variable, submodule or field of this name in Linen."""
-        if escaped(name) in slots(self):
-            value = slots(self)[escaped(name)]
-            return getattr(self, escaped(name)) if isinstance(value, Node) else value
+        if attribute_name(name) in slots(self):
+            value = slots(self)[attribute_name(name)]
+            return getattr(self, attribute_name(name)) if isinstance(value, Node) else value
         fields = slots(self)["_linen"].fields
         if name in fields:
             return fields[name]
         raise KeyError(f"{type(self).__name__} has no {name!r}; {suggestion(name, _names(self))}")
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.__setattr__(escaped(name), value)
+        self.__setattr__(attribute_name(name), value)
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError(f"{type(self).__name__}, a node of a hosted model, cannot be iterated over")
@@ -242,20 +243,20 @@ def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
       TypeError: The module cannot be called.
     """
     place: Place = slots(node)["_linen"]
-    if name != escaped(unescaped(name)):
+    if name != attribute_name(linen_name(name)):
         raise AttributeError(
             f"{name!r} is an attribute of every NNX module; the submodule of this name is "
             f"replaced by model[{name!r}] = ..."
         )
     submodules = [n for n, x in slots(node).items() if isinstance(x, nnx.Module)]
-    submodules += map(escaped, place.program.layout.children(place.path))
+    submodules += map(attribute_name, place.program.layout.children(place.path))
     if name not in {*submodules} - {*OWN_ATTRIBUTES}:
         where = path_text(place.path) or type(node).__name__
         raise AttributeError(
             f"{where} has no submodule {name!r} that could be replaced; "
             f"{suggestion(name, {*submodules} - {*OWN_ATTRIBUTES})}"
         )
-    below = (*place.path, unescaped(name))
+    below = (*place.path, linen_name(name))
     methods = {method for path, method, _ in place.program.layout.returned if path == below}
     for method in methods or {"__call__"}:
         if not callable(getattr(value, method, None)):
@@ -273,9 +274,9 @@ def check_value(node: Level, name: str, value: Any) -> None:
     """
     place: Place = slots(node)["_linen"]
     held = slots(node).get(name)
-    path = path_text((*place.path, unescaped(name)))
-    got = describe(value)
-    if isinstance(held, nnx.Module) or unescaped(name) in place.program.layout.children(place.path):
+    linen, got = linen_name(name), describe(value)
+    path = path_text((*place.path, linen))
+    if isinstance(held, nnx.Module) or linen in place.program.layout.children(place.path):
         hint = "; host it first: Host.init(module, rngs, *inputs)"
         raise TypeError(
             f"{path}: only an NNX module replaces a submodule, got {got}"
@@ -291,6 +292,3 @@ def check_value(node: Level, name: str, value: Any) -> None:
 def _names(node: Level) -> list[str]:
     attributes = [n for n, x in slots(node).items() if isinstance(x, nnx.Module | nnx.Variable)]
     return [*attributes, *slots(node)["_linen"].fields]
-
-
-RESERVED.update(name for name in dir(Node) if not name.startswith("_"))

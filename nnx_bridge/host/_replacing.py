@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import linen as nn
-from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
-from nnx_bridge.host._replacement import STACKED, Replacement, listing
+from nnx_bridge.host._replacement import Replacement, listing
 
 
 @contextlib.contextmanager
@@ -38,16 +37,12 @@ def replacing(
         if replacement is None:
             return call(*args, **kwargs)
         if name == "setup":
-            return _set_up(call, context.module.scope, replacement)
+            return _set_up(call)
         if name in NOT_CALLED:
             return call(*args, **kwargs)
         running = True
         try:
             result = replacement(context.module, name, args, kwargs)
-        except Exception as error:
-            if context.module.scope.get_flag("initializing", False):
-                error.add_note(f"{replacement.where}: {STACKED}")
-            raise
         finally:
             running = False
         _check_returned(replacement, layout, name, (args, kwargs), result)
@@ -57,12 +52,11 @@ def replacing(
         yield
 
 
-def _set_up(call: Callable[[], None], scope: Scope, replacement: Replacement) -> None:
+def _set_up(call: Callable[[], None]) -> None:
     """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
 
     A parent may use a parameter of a submodule, such as the matrix of an embedding.
     """
-    replacement.create(scope)
     try:
         call()
     except FlaxError:

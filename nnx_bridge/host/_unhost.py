@@ -68,15 +68,14 @@ def _replaced(
             if self.scope is None or active.now:  # A method that another one calls.
                 return function(self, *args, **kwargs)
             active.now = True
-            try:
-                with replacing(replacements, layout, path_of(self) or ()):
-                    result = function(self, *args, **kwargs)
-            finally:
-                active.now = False
             if self.scope.get_flag("initializing", False):
                 for replacement in replacements.values():
-                    replacement.check_created(self.scope)
-            return result
+                    replacement.provide(self.scope)
+            try:
+                with replacing(replacements, layout, path_of(self) or ()):
+                    return function(self, *args, **kwargs)
+            finally:
+                active.now = False
 
         return run
 
