@@ -35,6 +35,10 @@ from nnx_bridge._names import linen_names
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
 
+# How many variables a message shows.
+_SHOWN = 4
+
+
 class Replacement:
     """An NNX module in the place of the Linen module at ``path``."""
 
@@ -80,8 +84,19 @@ class Replacement:
                 continue
             collection, *names = linen_path(tuple(map(str, path)), leaf)
             names = [*self.path, *names]
-            if scope.is_mutable_collection(collection) and _get(scope, collection, names) is None:
+            if scope.is_mutable_collection(collection):
                 _put(scope, collection, names, from_variable(leaf))
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of its variables, as messages show them."""
+        variables = [
+            (path, leaf)
+            for path, leaf in zip(self._paths, self._leaves, strict=True)
+            if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState)
+        ]
+        found = [f"{path_text(path)} {jnp.shape(leaf.get_value())}" for path, leaf in variables]
+        return ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
 
     def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
         method = module if name == "__call__" and callable(module) else getattr(module, name, None)

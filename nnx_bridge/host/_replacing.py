@@ -26,6 +26,7 @@ def replacing(
       base: the path of the model, where it is a part of another one.
     """
     running = False
+    returned: set[Path] = set()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal running
@@ -46,10 +47,23 @@ def replacing(
         finally:
             running = False
         _check_returned(replacement, layout, name, (args, kwargs), result)
+        returned.add(replacement.path)
         return result
 
-    with nn.intercept_methods(intercept):
-        yield
+    try:
+        with nn.intercept_methods(intercept):
+            yield
+    except (TypeError, ValueError) as error:
+        for path, replacement in replacements.items():
+            known = layout.submodules.get(path)
+            if path not in returned and known is not None and known.lifted:
+                error.add_note(
+                    f"{replacement.where}, is inside of a transform of Linen (nn.scan, nn.vmap, "
+                    "...). If the sizes do not fit, stack its variables like those of the Linen "
+                    f"module; they are {replacement.shapes}. If init alone fails, take the "
+                    "variables that unhost has returned."
+                )
+        raise
 
 
 def _set_up(call: Callable[[], None]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax import linen as nn
 from flax import nnx
+from flax.core.scope import Scope
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
@@ -26,7 +28,9 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     Without replacements the module is the very one that was hosted. With replacements it is an
     instance of a subclass, whose methods call the NNX modules: their Variables stand among
     the variables at the paths of the modules that they replace. Its `init` gives them the values
-    that they have now, since an NNX module does not say how it was made.
+    that they have now, whatever the key, since an NNX module does not say how it was made. Linen's
+    transforms around a replacement (`nn.scan`, `nn.vmap`, `nn.remat`, ...) find them as they are in
+    the host, so stacked where Linen stacks them.
 
     Args:
       model: The host. Its Variables are not shared with what is returned.
@@ -68,12 +72,10 @@ def _replaced(
             if self.scope is None or active.now:  # A method that another one calls.
                 return function(self, *args, **kwargs)
             active.now = True
-            if self.scope.get_flag("initializing", False):
-                for replacement in replacements.values():
-                    replacement.provide(self.scope)
             try:
-                with replacing(replacements, layout, path_of(self) or ()):
-                    return function(self, *args, **kwargs)
+                with _provided(self.scope, replacements.values()):
+                    with replacing(replacements, layout, path_of(self) or ()):
+                        return function(self, *args, **kwargs)
             finally:
                 active.now = False
 
@@ -84,6 +86,18 @@ def _replaced(
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     of_module: nn.Module = made(**fields)
     return of_module
+
+
+@contextlib.contextmanager
+def _provided(scope: Scope, replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Where the module of a scope is initialised, gives replacements the values that they have."""
+    made = list(replacements) if scope.get_flag("initializing", False) else []
+    for replacement in made:
+        replacement.provide(scope)
+    yield
+    # Again, since `nn.map_variables` takes them for what the model has made, and maps them.
+    for replacement in made:
+        replacement.provide(scope)
 
 
 class _Active(threading.local):

@@ -1,4 +1,4 @@
-"""Names of Linen that NNX modules need themselves: changed in attributes, Linen's everywhere else."""
+"""Names of Linen that NNX modules need themselves: changed in attributes, nowhere else."""
 
 from __future__ import annotations
 
