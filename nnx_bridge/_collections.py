@@ -33,6 +33,7 @@ from nnx_bridge._names import (
     linen_name,
     linen_names,
 )
+from nnx_bridge._variable_types import collection_name, variable_type
 
 Variables = Mapping[str, Any]
 Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
@@ -40,39 +41,6 @@ Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 # Metadata by which a Variable remembers what it was in Linen.
 BOX = "linen_box"
 _NAME = "linen_name"
-
-
-def variable_type(collection: str) -> type[nnx.Variable[Any]]:
-    """The Variable type of a Linen collection; an unknown collection gets a new type.
-
-    Example:
-        >>> variable_type("batch_stats").__name__
-        'BatchStat'
-    """
-    return nnx.variable_type_from_name(collection, allow_register=True)
-
-
-def collection_name(variable_type: type[nnx.Variable[Any]]) -> str:
-    """The Linen collection of a Variable type, the inverse of `variable_type`.
-
-    A type that is not registered is entered under the name of its class.
-
-    Raises:
-      ValueError: The class is not registered, and its name is that of another collection.
-
-    Example:
-        >>> collection_name(nnx.BatchStat)
-        'batch_stats'
-    """
-    try:
-        return nnx.variable_name_from_type(variable_type, allow_register=True)
-    except ValueError as error:
-        name = variable_type.__name__
-        raise ValueError(
-            f"the Variable type {variable_type.__module__}.{variable_type.__qualname__} has no "
-            f"Linen collection, and {name!r} is that of {nnx.variable_type_from_name(name)}; give "
-            "it one with nnx.register_variable_name(<collection>, <type>)"
-        ) from error
 
 
 def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:

@@ -23,7 +23,7 @@ from lifted._group import is_target
 from lifted._linen import LinenGroup, LinenUpdates
 from lifted._nested import Collections
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import collection_name, variable_type
+from nnx_bridge._variable_types import collection_name, variable_type
 from nnx_bridge.captures._method_outputs import sowing_outputs
 from nnx_bridge.captures._records import Perturbations, Records
 from nnx_bridge.host._node import Node

@@ -179,6 +179,11 @@ class Node(Level, metaclass=NodeType):
             check_value(self, name, value)
             put(self, name, value)
 
+    def __reduce__(self) -> Any:
+        # By the Linen class also where classes are pickled as a whole, as cloudpickle does.
+        kind = self._kind and self._kind()
+        return _empty, (kind, self._base or type(self)), self.__getstate__()
+
     def __nnx_repr__(self) -> Iterator[Any]:
         shown = super().__nnx_repr__()
         yield next(shown)
@@ -212,6 +217,12 @@ def _by_kind(made: Any) -> Any:
 
 
 copyreg.pickle(NodeType, _by_kind)
+
+
+def _empty(kind: type[nn.Module] | None, base: type[N]) -> N:
+    """A node to be filled with what was pickled."""
+    made = node_type(kind, base)
+    return object.__new__(made)
 
 
 def make(base: type[N], place: Place) -> N:

@@ -26,12 +26,12 @@ from lifted._nested import thaw
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import (
     Path,
-    collection_name,
     from_variable,
     linen_path,
     set_variable,
 )
 from nnx_bridge._names import linen_names
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
 
@@ -46,6 +46,10 @@ class Replacement:
         self.path = path
         self.kind = type(module)
         self._graphdef, self._paths, self._leaves, _ = _flax_private.flatten(module)
+
+    def __reduce__(self) -> Any:
+        leaves = jax.tree.map(lambda x: x, self._leaves)
+        return Replacement, (self.path, _flax_private.unflatten(self._graphdef, leaves)[0])
 
     @property
     def where(self) -> str:

@@ -53,39 +53,63 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     module = program.module
     if found.replacements:
         replacements = {p: Replacement(p, nnx.clone(m)) for p, m in found.replacements.items()}
-        module = _replaced(module, replacements, program.layout)
+        fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+        module = Migration(type(module), replacements, program.layout).module_class(**fields)
     return module, found.read()
 
 
-def _replaced(
-    module: nn.Module, replacements: dict[Path, Replacement], layout: Layout
-) -> nn.Module:
-    """The module as an instance of a subclass that calls the replacements."""
-    kind = type(module)
-    active = _Active()
+class Migration:
+    """A Linen class and what replaces submodules of its instances.
 
-    def method(name: str) -> Callable[..., Any]:
-        function = getattr(kind, name)
+    Attributes:
+      kind: the class.
+      module_class: a subclass that calls the replacements.
+    """
+
+    def __init__(
+        self, kind: type[nn.Module], replacements: dict[Path, Replacement], layout: Layout
+    ) -> None:
+        self.kind = kind
+        self._replacements = replacements
+        self._layout = layout
+        self._active = _Active()
+        slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+        slots["__reduce__"] = lambda module: (_empty, (self,), module.__getstate__())
+        slots |= {name: self._method(name) for name in _methods(kind)}
+        self.module_class = type(kind.__name__, (kind,), slots)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.kind, name)
 
         @functools.wraps(function)
-        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.scope is None or active.now:  # A method that another one calls.
-                return function(self, *args, **kwargs)
-            active.now = True
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            scope = module.scope
+            if scope is None or self._active.now:  # A method that another one calls.
+                return function(module, *args, **kwargs)
+            self._active.now = True
             try:
-                with _provided(self.scope, replacements.values()):
-                    with replacing(replacements, layout, path_of(self) or ()):
-                        return function(self, *args, **kwargs)
+                with (
+                    _provided(scope, self._replacements.values()),
+                    replacing(self._replacements, self._layout, path_of(module) or ()),
+                ):
+                    return function(module, *args, **kwargs)
             finally:
-                active.now = False
+                self._active.now = False
 
         return run
 
-    slots = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    made = type(kind.__name__, (kind,), {**slots, **{n: method(n) for n in _methods(kind)}})
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
-    of_module: nn.Module = made(**fields)
-    return of_module
+    def __deepcopy__(self, memo: dict[int, Any]) -> Migration:
+        return self  # Nothing in it is ever written.
+
+    def __reduce__(self) -> Any:
+        # What is known of the modules holds functions of Linen that cannot be pickled.
+        return Migration, (self.kind, self._replacements, Layout())
+
+
+def _empty(migration: Migration) -> nn.Module:
+    """A module to be filled with what was pickled."""
+    made: nn.Module = object.__new__(migration.module_class)
+    return made
 
 
 @contextlib.contextmanager
