@@ -187,9 +187,16 @@ class Node(Level, metaclass=NodeType):
     def __nnx_repr__(self) -> Iterator[Any]:
         shown = super().__nnx_repr__()
         yield next(shown)
-        for name, value in slots(self)["_linen"].fields.items():
+        for name, value in _shown_fields(self).items():
             yield _flax_private.shown_attribute(name, value)
         yield from shown
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        # NNX shows the attributes that are there, so the fields are put there for one that is shown
+        # in place of the node.
+        shown = object.__new__(type(self))
+        vars(shown).update({**_shown_fields(self), **slots(self)})
+        return super(Node, shown).__treescope_repr__(path, subtree_renderer)
 
 
 N = TypeVar("N", bound=Node)
@@ -298,6 +305,12 @@ def check_value(node: Level, name: str, value: Any) -> None:
             f"{path} is a Variable, which {got} would remove; write its value, .{name}[...] = ..., "
             f"or assign a {type(held).__name__}"
         )
+
+
+def _shown_fields(node: Level) -> dict[str, Any]:
+    """The fields of the Linen module that are not shown as submodules already."""
+    fields = slots(node)["_linen"].fields.items()
+    return {name: value for name, value in fields if attribute_name(name) not in slots(node)}
 
 
 def _names(node: Level) -> list[str]:

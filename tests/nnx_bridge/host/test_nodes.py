@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import treescope
 from flax import errors, nnx
 from flax import linen as nn
 
@@ -32,6 +34,27 @@ def test_each_level_shows_class_and_fields_of_its_module() -> None:
     assert model.encoder.width == 4 and model.encoder.Dense_0.use_bias is True
     assert "encoder=Encoder(" in repr(model) and "width=4" in repr(model)
     assert "embed=<the module embed>" in repr(model.encoder)
+
+
+def test_treescope_shows_the_fields_of_each_level() -> None:
+    model = hosted()
+    model.layers_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    shown = treescope.render_to_text(model)
+    assert re.search(r"encoder=Encoder\(.*\n\s+embed=Reference\(path=.*\n\s+width=4,", shown)
+    assert "layers_1=Linear(kernel=Param(" in shown
+    assert vars(model.encoder).keys() & {"embed", "width"} == set()
+
+
+def test_a_module_in_a_field_is_shown_once() -> None:
+    class Holds(nn.Module):
+        inner: nn.Module
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.inner(x)
+
+    model = hosted(Holds(nn.Dense(4)))
+    for shown in (repr(model), treescope.render_to_text(model)):
+        assert shown.count("inner=") == 1 and "features=4" in shown
 
 
 def test_without_inputs_the_modules_of_setup_are_known() -> None:
