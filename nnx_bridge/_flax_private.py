@@ -123,6 +123,11 @@ def is_captured(path: Sequence[Any]) -> bool:
     return _CAPTURES in path
 
 
+def shown_class(kind: type) -> Any:
+    """What ``__nnx_repr__`` yields first: the class of an NNX object."""
+    return reprlib.Object(kind)
+
+
 def shown_attribute(name: str, value: Any) -> Any:
     """What ``__nnx_repr__`` yields for an attribute of an NNX object."""
     return reprlib.Attr(name, value)

@@ -186,7 +186,8 @@ class Node(Level, metaclass=NodeType):
 
     def __nnx_repr__(self) -> Iterator[Any]:
         shown = super().__nnx_repr__()
-        yield next(shown)
+        next(shown)
+        yield _flax_private.shown_class(_shown_type(self))
         for name, value in _shown_fields(self).items():
             yield _flax_private.shown_attribute(name, value)
         yield from shown
@@ -194,7 +195,7 @@ class Node(Level, metaclass=NodeType):
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         # NNX shows the attributes that are there, so the fields are put there for one that is shown
         # in place of the node.
-        shown = object.__new__(type(self))
+        shown = object.__new__(_shown_type(self))
         vars(shown).update({**_shown_fields(self), **slots(self)})
         return super(Node, shown).__treescope_repr__(path, subtree_renderer)
 
@@ -305,6 +306,11 @@ def check_value(node: Level, name: str, value: Any) -> None:
             f"{path} is a Variable, which {got} would remove; write its value, .{name}[...] = ..., "
             f"or assign a {type(held).__name__}"
         )
+
+
+def _shown_type(node: Node) -> type[Node]:
+    """The class of a node; where it was not known when the node was made, that known by now."""
+    return type(node) if node._kind else node_type(slots(node)["_linen"].kind, type(node))
 
 
 def _shown_fields(node: Level) -> dict[str, Any]:

@@ -66,11 +66,41 @@ def test_without_inputs_the_modules_of_setup_are_known() -> None:
 
 def test_the_modules_of_compact_are_known_after_a_call() -> None:
     model = Host(*nnx_bridge.unhost(hosted()))
-    with pytest.raises(ValueError, match="encoder/Dense_0: .* not known yet.* Host.init"):
+    with pytest.raises(ValueError, match="encoder/Dense_0: .* not known yet.* sample inputs"):
         model.encoder.Dense_0(X)
+    assert "Dense_0=Node(" in repr(model.encoder)
     model(X)
     assert_trees_equal(model.encoder.Dense_0(X), hosted().encoder.Dense_0(X))
     assert model.encoder.Dense_0.features == 4
+    assert "Dense_0=Dense(" in repr(model.encoder)
+    assert "Dense_0=Dense(" in treescope.render_to_text(model.encoder)
+
+
+def test_the_modules_of_compact_are_replaced_before_a_call() -> None:
+    model, native = Host(*nnx_bridge.unhost(hosted())), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    model.encoder.Dense_0 = native
+    assert_trees_equal(model.encode(X), native(model.embed(X)))
+    assert model.encoder.Dense_0.kernel is native.kernel
+
+
+@pytest.mark.parametrize("x", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
+def test_with_sample_inputs_all_modules_are_known(x: Any) -> None:
+    module, variables = nnx_bridge.unhost(hosted())
+    with strict():
+        model = Host(module, variables, x, True, rngs=KEYS)
+    assert nnx.graphdef(model) == nnx.graphdef(hosted())
+    assert model.encoder.Dropout_0.rate == 0.5
+    assert_trees_equal(model.encoder.Dense_0(X), hosted().encoder.Dense_0(X))
+    other = Host(module, variables, x=x, method="encode", rngs=KEYS)
+    assert type(other.encoder.Dense_0).__name__ == "Dense"
+
+
+def test_variables_that_do_not_fit_the_sample_inputs() -> None:
+    module, variables = nnx_bridge.unhost(hosted())
+    variables["params"]["encoder"].pop("Dense_0")
+    with pytest.raises(errors.FlaxError, match="/encoder/Dense_0") as error:
+        Host(module, variables, X)
+    assert "missing: params/encoder/Dense_0/kernel" in "".join(error.value.__notes__)
 
 
 @pytest.mark.parametrize("train", [False, True])
