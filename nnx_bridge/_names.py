@@ -17,9 +17,14 @@ from nnx_bridge import _flax_private
 
 # In these hosts keep what is no variable of Linen.
 OWN_ATTRIBUTES = ("_linen", "_linen_rngs", "_linen_mode")
-_OF_NODES = ("deterministic", "set_view", "training_arguments", "use_running_average")
-_OF_MODULES = [name for name in dir(nnx.Module) if not name.startswith("_")]
-RESERVED = frozenset((*OWN_ATTRIBUTES, *_OF_NODES, *_OF_MODULES))
+_OF_NODES = (
+    *("deterministic", "set_view", "training_arguments", "use_running_average"),
+    *("_base", "_evaluates", "_kind", "_new_level"),
+)
+# Names with two underscores in front are Python's; see `_is_reserved`.
+RESERVED = frozenset(
+    name for name in (*OWN_ATTRIBUTES, *_OF_NODES, *dir(nnx.Module)) if not name.startswith("__")
+)
 
 
 def attribute_name(name: str) -> str:
