@@ -17,8 +17,9 @@ from flax import nnx
 import nnx_bridge
 from nnx_bridge import Host
 from nnx_bridge._names import RESERVED, attribute_name, linen_name
+from nnx_bridge.equivalence._correspondence import Paths
 from nnx_bridge.host._node import Node
-from tests.helpers import assert_trees_equal, randomized
+from tests.helpers import assert_trees_equal, randomized, total
 from tests.nnx_bridge.host.models import KEYS, X
 
 TX = optax.adam(1e-2)
@@ -112,6 +113,32 @@ def test_a_host_is_filled_from_linens_variables() -> None:
     expected, model = variables(Deep()), emptied(Deep())
     nnx_bridge.load(model, expected)
     assert_trees_equal(nnx_bridge.to_variables(nnx.state(model, nnx.Not(nnx.RngState))), expected)
+
+
+def test_names_that_differ_by_an_underscore_are_compared_apart() -> None:
+    expected = variables(Clashing())
+    pairs = Paths(expected, nnx_bridge.to_variables(nnx.state(Host(Clashing(), expected))))
+    assert pairs.problems == []
+    assert_trees_equal(pairs.to_model(expected), expected)
+    assert (pairs.module("train"), pairs.module("train_")) == ("train", "train_")
+
+
+def test_a_capture_finds_the_nodes_of_clashing_names() -> None:
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.perturb("train", nn.Dense(4)(x))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Sows(name="sow")(x)
+
+    model = Host.init(Outer(), KEYS, X)
+    before = {path for path, _ in nnx.iter_modules(model)}
+    grads = nnx_bridge.capture_grad(total, model, X).intermediate_grads
+    assert grads["sow_"]["train"].get_value().any()
+    assert {path for path, _ in nnx.iter_modules(model)} == before
 
 
 def test_a_train_state_goes_into_a_host_and_back() -> None:
