@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import linen as nn
+from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
@@ -38,7 +39,7 @@ def replacing(
         if replacement is None:
             return call(*args, **kwargs)
         if name == "setup":
-            return _set_up(call)
+            return _set_up(call, context.module.scope)
         if name in NOT_CALLED:
             return call(*args, **kwargs)
         running = True
@@ -66,16 +67,21 @@ def replacing(
         raise
 
 
-def _set_up(call: Callable[[], None]) -> None:
+def _set_up(call: Callable[[], None], scope: Scope) -> None:
     """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
 
     A parent may use a parameter of a submodule, such as the matrix of an embedding.
     """
+    mutable = scope.mutable
+    if scope.get_flag("initializing", False):
+        scope.mutable = False  # What the replacement does not have is not made either.
     try:
         call()
     except FlaxError:
         # It makes variables that the replacement does not have; its parent cannot read them.
         return
+    finally:
+        scope.mutable = mutable
 
 
 def _check_returned(

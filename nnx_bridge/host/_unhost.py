@@ -30,7 +30,9 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     the variables at the paths of the modules that they replace. Its `init` gives them the values
     that they have now, whatever the key, since an NNX module does not say how it was made. Linen's
     transforms around a replacement (`nn.scan`, `nn.vmap`, `nn.remat`, ...) find them as they are in
-    the host, so stacked where Linen stacks them.
+    the host, so stacked where Linen stacks them. A replacement is called by the methods of the
+    module, and by what `apply` and `init` get as `method`; other Linen modules must not reach past
+    them (`self.model.encode(x)`, not `self.model.encoder(x)`).
 
     Args:
       model: The host. Its Variables are not shared with what is returned.
@@ -75,11 +77,27 @@ class Migration:
         self._active = _Active()
         slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
         slots["__reduce__"] = lambda module: (_empty, (self,), module.__getstate__())
-        slots |= {name: self._method(name) for name in _methods(kind)}
+        slots |= {name: self._method(getattr(kind, name)) for name in _methods(kind)}
+        slots |= {name: self._entry(name) for name in ("init", "init_with_output", "apply")}
         self.module_class = type(kind.__name__, (kind,), slots)
 
-    def _method(self, name: str) -> Callable[..., Any]:
+    def _entry(self, name: str) -> Callable[..., Any]:
+        """A method by which Linen is entered, with any function of the module as ``method``."""
         function = getattr(self.kind, name)
+
+        @nn.nowrap
+        @functools.wraps(function)
+        def enter(module: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+            if isinstance(method, str) and not hasattr(type(module), method):
+                method = _submodule(method)
+            if callable(method):
+                method = self._method(getattr(method, "__func__", method))
+            return function(module, *args, method=method, **kwargs)
+
+        return enter
+
+    def _method(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the class, which finds the replacements in the place of the submodules."""
 
         @functools.wraps(function)
         def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +122,15 @@ class Migration:
     def __reduce__(self) -> Any:
         # What is known of the modules holds functions of Linen that cannot be pickled.
         return Migration, (self.kind, self._replacements, Layout())
+
+
+def _submodule(name: str) -> Callable[..., Any]:
+    """The function that calls a submodule."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(module, name)(*args, **kwargs)
+
+    return call
 
 
 def _empty(migration: Migration) -> nn.Module:

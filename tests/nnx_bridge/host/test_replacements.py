@@ -264,6 +264,57 @@ def test_a_migrated_model_is_a_linen_module_again() -> None:
     assert_trees_equal(hosted_again(X, True, rngs=KEYS), expected)
 
 
+class Scale(nn.Module):
+    def setup(self) -> None:
+        self.by = self.param("by", nn.initializers.ones, (4,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.by
+
+
+class Codec(nn.Module):
+    """Several methods, and a submodule whose `setup` makes a parameter."""
+
+    def setup(self) -> None:
+        self.scale = Scale()
+        self.decoder = nn.Dense(4)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        return self.decoder(x)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decode(self.scale(x))
+
+
+class Negative(nnx.Module):
+    def __init__(self) -> None:
+        self.sign = nnx.Param(jnp.float32(-1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.sign
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["decode", "decoder", Codec.decode, Codec().decode]
+    + [lambda model, x: model.decode(x), lambda model, x: model.decoder(x)],
+)
+def test_every_way_into_a_migrated_model_finds_the_replacements(method: Any) -> None:
+    model = hosted(Codec())
+    model.decoder = Negative()
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.apply(variables, X, method=method), -X)
+    made = module.init(KEYS, X, method=method)
+    assert_trees_equal(made["params"]["decoder"], variables["params"]["decoder"])
+
+
+def test_initialisation_makes_nothing_for_what_is_replaced() -> None:
+    model = hosted(Codec())
+    model.scale, model.decoder = Negative(), Negative()
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.init(KEYS, X), variables)
+
+
 def test_a_migrated_model_initialises_inside_of_a_linen_model() -> None:
     module, variables = nnx_bridge.unhost(migrated())
 
