@@ -147,8 +147,8 @@ class Replacement:
     def _write(self, scope: Scope, path: Path, variable: Any, given: Any) -> None:
         if not isinstance(variable, nnx.Variable) or _flax_private.is_captured(path):
             return
-        if variable.get_raw_value() is given or scope.get_flag("initializing", False):
-            return  # As in Linen, whose layers do not count the call of `init`.
+        if variable.get_raw_value() is given:
+            return
         collection, *names = linen_path(tuple(map(str, path)), variable)
         if scope.is_mutable_collection(collection) or not isinstance(variable, nnx.RngState):
             _put(scope, collection, names, from_variable(variable))
