@@ -102,7 +102,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
             )
         layout = _layout
         if layout is None and (args or kwargs):
-            layout = _layout_of_call(module, variables, args, kwargs, method)
+            layout = _layout_of_call(module, variables, args, kwargs, method, mutable)
         layout = layout or Layout.of_setup(module, variables)
         put(self, "_linen", Place(Program(module, mutable, training, layout), ()))
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
@@ -162,14 +162,18 @@ def _layout_of_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     method: Method,
+    mutable: CollectionFilter | None,
 ) -> Layout:
     """What is known of the modules after a call, of which nothing is computed."""
     layout = Layout()
-    keys, others = {"params": jax.random.key(0)}, DenyList("params")
+    keys = {"params": jax.random.key(0)}
+    # Parameters that are not there are an error, whereas a cache may be made.
+    changeable = DenyList("params") if mutable is None else mutable
 
     def run(variables: Variables, *args: Any, **kwargs: Any) -> Any:
         with layout.watching():
-            module.apply(variables, *args, rngs=keys, method=method, mutable=others, **kwargs)
+            options: dict[str, Any] = {"rngs": keys, "method": method, "mutable": changeable}
+            module.apply(variables, *args, **options, **kwargs)
 
     try:
         abstractly(run, (variables, *args), kwargs)

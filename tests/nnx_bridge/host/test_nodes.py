@@ -95,6 +95,20 @@ def test_with_sample_inputs_all_modules_are_known(x: Any) -> None:
     assert type(other.encoder.Dense_0).__name__ == "Dense"
 
 
+def test_sample_inputs_of_a_model_that_writes_its_parameters() -> None:
+    class Doubles(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            w = self.variable("params", "w", jnp.ones, 4)
+            w.value *= 2
+            return x * w.value
+
+    variables = {"params": {"w": jnp.ones(4)}}
+    assert_trees_equal(Host(Doubles(), variables, X, mutable=True)(X), 2 * X)
+    with pytest.raises(errors.ModifyScopeVariableError, match="params"):
+        Host(Doubles(), variables, X)
+
+
 def test_variables_that_do_not_fit_the_sample_inputs() -> None:
     module, variables = nnx_bridge.unhost(hosted())
     variables["params"]["encoder"].pop("Dense_0")
