@@ -182,7 +182,7 @@ class Node(Level, metaclass=NodeType):
     def __reduce__(self) -> Any:
         # By the Linen class also where classes are pickled as a whole, as cloudpickle does.
         kind = self._kind and self._kind()
-        return _empty, (kind, self._base or type(self)), self.__getstate__()
+        return _empty, (kind and sent(kind), self._base or type(self)), self.__getstate__()
 
     def __nnx_repr__(self) -> Iterator[Any]:
         shown = super().__nnx_repr__()
@@ -221,15 +221,30 @@ def node_type(kind: type[nn.Module] | None, base: type[N]) -> type[N]:
 def _by_kind(made: Any) -> Any:
     """How `pickle` finds a class: those of `node_type` are not attributes of their modules."""
     kind = made._kind and made._kind()
-    return made.__qualname__ if kind is None else (node_type, (kind, made._base))
+    return made.__qualname__ if kind is None else (_sent_type, (sent(kind), made._base))
 
 
 copyreg.pickle(NodeType, _by_kind)
 
 
-def _empty(kind: type[nn.Module] | None, base: type[N]) -> N:
+def sent(kind: type[nn.Module]) -> Any:
+    """A Linen class as it is pickled: one that `unhost` has made as what it is made of."""
+    return vars(kind).get("_migration", kind)
+
+
+def received(kind: Any) -> type[nn.Module]:
+    """The inverse of `sent`."""
+    made: type[nn.Module] = getattr(kind, "module_class", kind)
+    return made
+
+
+def _sent_type(kind: Any, base: type[N]) -> type[N]:
+    return node_type(received(kind), base)
+
+
+def _empty(kind: Any, base: type[N]) -> N:
     """A node to be filled with what was pickled."""
-    made = node_type(kind, base)
+    made = _sent_type(kind, base)
     return object.__new__(made)
 
 

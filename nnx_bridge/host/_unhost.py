@@ -17,6 +17,7 @@ from flax.core.scope import Scope
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._layout import Layout, path_of
+from nnx_bridge.host._node import received, sent
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import contents
@@ -68,14 +69,13 @@ class Migration:
       module_class: a subclass that calls the replacements.
     """
 
-    def __init__(
-        self, kind: type[nn.Module], replacements: dict[Path, Replacement], layout: Layout
-    ) -> None:
-        self.kind = kind
+    def __init__(self, kind: Any, replacements: dict[Path, Replacement], layout: Layout) -> None:
+        self.kind = kind = received(kind)
         self._replacements = replacements
         self._layout = layout
         self._active = _Active()
         slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+        slots["_migration"] = self
         slots["__reduce__"] = lambda module: (_empty, (self,), module.__getstate__())
         slots |= {name: self._method(getattr(kind, name)) for name in _methods(kind)}
         slots |= {name: self._entry(name) for name in ("init", "init_with_output", "apply")}
@@ -121,7 +121,7 @@ class Migration:
 
     def __reduce__(self) -> Any:
         # What is known of the modules holds functions of Linen that cannot be pickled.
-        return Migration, (self.kind, self._replacements, Layout())
+        return Migration, (sent(self.kind), self._replacements, Layout())
 
 
 def _submodule(name: str) -> Callable[..., Any]:

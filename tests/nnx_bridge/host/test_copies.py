@@ -69,6 +69,20 @@ def test_a_linen_module_with_replacements(copied: Callable[[Any], Any]) -> None:
     assert_trees_equal(other.init(KEYS, X), module.init(KEYS, X))
 
 
+@each_copy
+def test_what_is_migrated_step_by_step(copied: Callable[[Any], Any]) -> None:
+    again = Host(*nnx_bridge.unhost(migrated()), X, rngs=KEYS)
+    again.layers_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(4))
+    expected = again(X, rngs=KEYS)
+    module, variables = nnx_bridge.unhost(again)
+    assert not jnp.array_equal(expected, Net().apply(Net().init(KEYS, X), X))
+    other, other_module = copied((again, module))
+    assert_trees_equal(other(X, rngs=KEYS), again(X, rngs=KEYS))
+    mutable = [name for name in variables if name != "params"]
+    y, _ = other_module.apply(variables, X, rngs=KEYS, mutable=mutable)
+    assert_trees_equal(y, module.apply(variables, X, rngs=KEYS, mutable=mutable)[0])
+
+
 def test_a_copy_in_memory_is_equal() -> None:
     module, _ = nnx_bridge.unhost(migrated())
     assert copy.deepcopy(module) == copy.copy(module) == module
