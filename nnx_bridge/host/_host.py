@@ -20,7 +20,8 @@ from nnx_bridge._collections import Variables
 from nnx_bridge.host._calls import Keys, Method, draw
 from nnx_bridge.host._checks import abstractly, differences, explain, not_finite
 from nnx_bridge.host._layout import Layout
-from nnx_bridge.host._node import Node, node_type
+from nnx_bridge.host._node import Node
+from nnx_bridge.host._node_type import node_type
 from nnx_bridge.host._program import Place, Program, default_mutable
 from nnx_bridge.host._tree import contents, fill, node_at, put, slots
 

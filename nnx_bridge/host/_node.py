@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import weakref
@@ -18,16 +17,13 @@ from nnx_bridge import _flax_private
 from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name, linen_name
 from nnx_bridge.host._calls import Call, Keys, Method, call, method_of
 from nnx_bridge.host._modes import find_mode
+from nnx_bridge.host._node_type import NodeType, node_type, sent, sent_type
 from nnx_bridge.host._program import Place
 from nnx_bridge.host._tree import Level, put, slots
 
 # From which node each node was last reached, so that one which is called by itself finds the keys
 # and the modules of the model that it is a part of.
 _reached: weakref.WeakKeyDictionary[Level, weakref.ref[Level]] = weakref.WeakKeyDictionary()
-
-
-class NodeType(type(nnx.Module)):  # type: ignore[misc]
-    """The type of the classes of nodes, which are found again by the Linen class they stand for."""
 
 
 class Node(Level, metaclass=NodeType):
@@ -201,50 +197,11 @@ class Node(Level, metaclass=NodeType):
 
 
 N = TypeVar("N", bound=Node)
-_types: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-
-def node_type(kind: type[nn.Module] | None, base: type[N]) -> type[N]:
-    """The subclass of ``base`` that has the name of a Linen class; always the same."""
-    if kind is None:
-        return base
-    of_kind = _types.setdefault(kind, {})
-    if base not in of_kind:
-        made: Any = NodeType(kind.__name__, (base,), {"__doc__": kind.__doc__})
-        made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
-        # Weakly, so that a class lives no longer than its last user.
-        made._kind, made._base = weakref.ref(kind), base
-        of_kind[base] = made
-    return of_kind[base]
-
-
-def _by_kind(made: Any) -> Any:
-    """How `pickle` finds a class: those of `node_type` are not attributes of their modules."""
-    kind = made._kind and made._kind()
-    return made.__qualname__ if kind is None else (_sent_type, (sent(kind), made._base))
-
-
-copyreg.pickle(NodeType, _by_kind)
-
-
-def sent(kind: type[nn.Module]) -> Any:
-    """A Linen class as it is pickled: one that `unhost` has made as what it is made of."""
-    return vars(kind).get("_migration", kind)
-
-
-def received(kind: Any) -> type[nn.Module]:
-    """The inverse of `sent`."""
-    made: type[nn.Module] = getattr(kind, "module_class", kind)
-    return made
-
-
-def _sent_type(kind: Any, base: type[N]) -> type[N]:
-    return node_type(received(kind), base)
 
 
 def _empty(kind: Any, base: type[N]) -> N:
     """A node to be filled with what was pickled."""
-    made = _sent_type(kind, base)
+    made = sent_type(kind, base)
     return object.__new__(made)
 
 

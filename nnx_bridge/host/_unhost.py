@@ -17,7 +17,7 @@ from flax.core.scope import Scope
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._layout import Layout, path_of
-from nnx_bridge.host._node import received, sent
+from nnx_bridge.host._node_type import received, sent
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import contents
