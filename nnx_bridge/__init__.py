@@ -2,8 +2,9 @@
 
 import nnx_bridge.functional  # noqa: F401  (makes NNX modules known to lifted)
 from nnx_bridge import audit, checkpoints, compat
-from nnx_bridge._collections import collection_name, to_state, to_variables, variable_type
+from nnx_bridge._collections import to_state, to_variables
 from nnx_bridge._linen_rngs import linen_key, linen_rngs
+from nnx_bridge._variable_types import collection_name, variable_type
 from nnx_bridge.captures import CapturedGrad, CapturedJvp, capture, capture_grad, capture_jvp
 from nnx_bridge.checkpoints import (
     CheckpointError,

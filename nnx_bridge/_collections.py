@@ -7,6 +7,7 @@ the module alone. This module is the one place that knows how the two correspond
 - a collection's name and a Variable type name each other in Flax's registry, in which users may
   enter their own pairs (`nnx.register_variable_name`);
 - a metadata box (`nn.Partitioned`, or any `AxisMetadata`) becomes metadata of the Variable;
+- a name that NNX modules need themselves gets an underscore (`_names.py`);
 - of equal names in two collections of one module, one keeps the name and the others get their
   collection's name in front (`ema_w`), the Linen name staying in the metadata.
 
@@ -25,6 +26,14 @@ from flax.core import meta
 
 from lifted._nested import flat
 from lifted._trees import identical
+from nnx_bridge._names import (
+    OWN_ATTRIBUTES,
+    attribute_name,
+    free_attribute,
+    linen_name,
+    linen_names,
+)
+from nnx_bridge._variable_types import collection_name, variable_type
 
 Variables = Mapping[str, Any]
 Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
@@ -32,39 +41,6 @@ Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 # Metadata by which a Variable remembers what it was in Linen.
 BOX = "linen_box"
 _NAME = "linen_name"
-
-
-def variable_type(collection: str) -> type[nnx.Variable[Any]]:
-    """The Variable type of a Linen collection; an unknown collection gets a new type.
-
-    Example:
-        >>> variable_type("batch_stats").__name__
-        'BatchStat'
-    """
-    return nnx.variable_type_from_name(collection, allow_register=True)
-
-
-def collection_name(variable_type: type[nnx.Variable[Any]]) -> str:
-    """The Linen collection of a Variable type, the inverse of `variable_type`.
-
-    A type that is not registered is entered under the name of its class.
-
-    Raises:
-      ValueError: The class is not registered, and its name is that of another collection.
-
-    Example:
-        >>> collection_name(nnx.BatchStat)
-        'batch_stats'
-    """
-    try:
-        return nnx.variable_name_from_type(variable_type, allow_register=True)
-    except ValueError as error:
-        name = variable_type.__name__
-        raise ValueError(
-            f"the Variable type {variable_type.__module__}.{variable_type.__qualname__} has no "
-            f"Linen collection, and {name!r} is that of {nnx.variable_type_from_name(name)}; give "
-            "it one with nnx.register_variable_name(<collection>, <type>)"
-        ) from error
 
 
 def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
@@ -165,16 +141,21 @@ def linen_path(path: Path, variable: nnx.Variable[Any]) -> Path:
     Example:
         >>> linen_path(("Dense_0", "kernel"), nnx.Param(1.0))
         ('params', 'Dense_0', 'kernel')
+        >>> linen_path(("train_", "kernel"), nnx.Param(1.0))
+        ('params', 'train', 'kernel')
     """
-    name = variable.get_metadata(_NAME, path[-1])
-    return (collection_name(type(variable)), *path[:-1], name)
+    name = variable.get_metadata(_NAME, linen_name(path[-1]))
+    return (collection_name(type(variable)), *linen_names(path[:-1]), name)
 
 
-def linen_entry(path: Path, variable: nnx.Variable[Any], names: dict[Any, str]) -> tuple[Path, Any]:
+def linen_entry(
+    modules: Path, attribute: Any, variable: nnx.Variable[Any], names: dict[Any, str]
+) -> tuple[Path, Any]:
     """`linen_path` and `from_variable` in one, for reading many Variables.
 
     Args:
-      path: where the Variable stands.
+      modules: the path of the Linen module.
+      attribute: where the Variable stands in it.
       variable: the Variable.
       names: collections of Variable types that are known already; others are added.
     """
@@ -182,8 +163,8 @@ def linen_entry(path: Path, variable: nnx.Variable[Any], names: dict[Any, str]) 
     if kind not in names:
         names[kind] = collection_name(kind)
     metadata = variable.get_metadata()
-    name = metadata.get(_NAME, path[-1])
-    return (names[kind], *path[:-1], name), _boxed(variable, metadata)
+    name = metadata.get(_NAME, linen_name(attribute))
+    return (names[kind], *modules, name), _boxed(variable, metadata)
 
 
 def to_state(variables: Variables) -> nnx.State:
@@ -193,7 +174,8 @@ def to_state(variables: Variables) -> nnx.State:
       variables: Nested dicts (frozen or not) by collection, as `module.init` returns them.
 
     Returns:
-      A state with one Variable for each value, at the path of its module and its name.
+      A state with one Variable for each value, at the path of its module and its name. A name that
+      NNX modules need themselves (`train`, `eval`, `sow`, ...) gets an underscore at its end.
 
     Raises:
       TypeError: `variables` is not nested by collection.
@@ -213,7 +195,7 @@ def to_flat_state(variables: Variables) -> Iterator[tuple[Path, nnx.Variable[Any
     """The Variables of `to_state` with their paths."""
     by_module: dict[Path, list[tuple[str, str, Any]]] = {}
     for (collection, *modules, name), value in flatten(variables):
-        by_module.setdefault(tuple(modules), []).append((collection, name, value))
+        by_module.setdefault(_attributes(collection, modules), []).append((collection, name, value))
     submodules: dict[Path, set[str]] = {}
     for path in by_module:
         for depth, name in enumerate(path):
@@ -222,13 +204,24 @@ def to_flat_state(variables: Variables) -> Iterator[tuple[Path, nnx.Variable[Any
         taken = submodules.get(path, set())
         # Parameters keep their names, whichever other collections there are.
         for collection, name, value in sorted(entries, key=lambda e: (e[0] != "params", e[:2])):
-            attribute = free_name(collection, name, taken)
+            attribute = free_attribute(collection, name, taken)
             taken.add(attribute)
             yield (*path, attribute), renamed(to_variable(collection, value), name, attribute)
 
 
+def _attributes(collection: str, modules: list[str]) -> Path:
+    """The attributes of nested modules."""
+    if modules and modules[0] in OWN_ATTRIBUTES:
+        if issubclass(variable_type(collection), nnx.RngState):
+            # No module of Linen, which has no such collections, but the streams of a host.
+            return tuple(modules)
+    return tuple(map(attribute_name, modules))
+
+
 def to_variables(state: nnx.State) -> dict[str, Any]:
     """An NNX state as Linen variables, the inverse of `to_state`.
+
+    Names are those of Linen, also in the state of a `Host` in which some are changed.
 
     Raises:
       ValueError: A Variable's type cannot be given a collection (see `collection_name`), or two
@@ -270,16 +263,8 @@ def flatten(variables: Variables) -> Iterator[tuple[Path, Any]]:
         yield from flat(tree, (collection,))
 
 
-def free_name(collection: str, name: str, taken: Mapping[str, Any] | set[str]) -> str:
-    """The attribute of a variable in a module where the attributes `taken` exist already."""
-    attribute = name if name not in taken else f"{collection}_{name}"
-    while attribute in taken:
-        attribute += "_"
-    return attribute
-
-
 def renamed(variable: nnx.Variable[Any], name: str, attribute: str) -> nnx.Variable[Any]:
     """The variable, which remembers its Linen name where its attribute has another."""
-    if attribute != name:
+    if linen_name(attribute) != name:
         variable.set_metadata(_NAME, name)
     return variable

@@ -135,6 +135,11 @@ def extra_collections(scope: Scope, collections: dict[str, Any]) -> Iterator[Non
             scope._variables.pop(name, None)
 
 
+def shown_class(kind: type) -> Any:
+    """What ``__nnx_repr__`` yields first: the class of an NNX object."""
+    return reprlib.Object(kind)
+
+
 def shown_attribute(name: str, value: Any) -> Any:
     """What ``__nnx_repr__`` yields for an attribute of an NNX object."""
     return reprlib.Attr(name, value)

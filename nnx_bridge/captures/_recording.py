@@ -23,7 +23,8 @@ from lifted._group import is_target
 from lifted._linen import LinenGroup, LinenUpdates
 from lifted._nested import Collections
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import collection_name, variable_type
+from nnx_bridge._names import linen_names
+from nnx_bridge._variable_types import collection_name, variable_type
 from nnx_bridge.captures._method_outputs import sowing_outputs
 from nnx_bridge.captures._records import Perturbations, Records
 from nnx_bridge.host._node import Node
@@ -178,7 +179,7 @@ def _check_seed(target: Any, path: tuple[Any, ...]) -> None:
     module = target
     for i, name in enumerate(path[:-1]):
         if isinstance(module, Node):
-            node_at(module, path[i:-1])
+            node_at(module, linen_names(path[i:-1]))
             return
         try:
             module = module[name] if isinstance(name, int) else vars(module)[name]

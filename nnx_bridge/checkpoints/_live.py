@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx, serialization
 
+from nnx_bridge._names import located
 from nnx_bridge._placement import placed_like
 from nnx_bridge.checkpoints import _mapping, _plan
 from nnx_bridge.checkpoints._entries import (
@@ -182,6 +183,7 @@ def _fill(
         {p: leaf for p, leaf in part.items() if p in targets or not is_apart(p, leaf, _LIVE)}
         for part in _split(entries, made)
     )
+    values = {located(path, targets): leaf for path, leaf in values.items()}
     _check(values, targets, what, optimizer is not None)
     filled = {path: place for path, place in targets.items() if path in values}
     arrays = read_all([values[path] for path in filled])

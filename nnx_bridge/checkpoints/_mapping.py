@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnx_bridge._names import linen_names, located
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
     Entries,
@@ -174,13 +175,13 @@ def suggested(entries: Entries, layout: Nnx) -> tuple[dict[Path, Any], Linen]:
     for path, leaf in _variables(below(kept, layout.model)).items():
         collection = "params" if path in optimized else _collection(path)
         collections[collection] = (collection,)
-        structure[(collection, *path)] = leaf
+        structure[(collection, *linen_names(path))] = leaf
     if layout.model:
         beside = {p: leaf for p, leaf in kept.items() if p[0] != layout.model[0]}
         for field in dict.fromkeys(p[0] for p in beside):
             root: Path = () if (field,) == layout.optimizer else (str(field),)
             for path, leaf in _variables(below(beside, (field,))).items():
-                structure[(*root, *path)] = leaf
+                structure[(*root, *linen_names(path))] = leaf
     if layout.optimizer is None:
         return structure, Linen("variables", collections)
     structure = {_listed(p, structure): leaf for p, leaf in structure.items()}
@@ -248,6 +249,7 @@ def to_linen(
     if plan is not None:
         entries = undo(plan, entries, wanted.values(), () if layout.pure else (VALUE,))
     have = set(entries)
+    wanted = {p: located(t, have) for p, t in wanted.items()}
     # Whether something empty has a Variable depends on how the mask was written.
     lacking = [t for p, t in wanted.items() if t not in have and not is_empty(structure[p])]
     left = [p for p in have - set(wanted.values()) if not is_empty(entries[p])]

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike
 from jax import lax
 
-from nnx_bridge._collections import variable_type
+from nnx_bridge._variable_types import variable_type
 from nnx_bridge.compat._layer import set_fields, set_variables, shaped, unset
 from nnx_bridge.compat._normalization import LayerNorm
 

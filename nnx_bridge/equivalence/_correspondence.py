@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -79,13 +79,14 @@ class Paths:
     def __init__(self, reference: Variables, model: Variables, renaming: Renaming = None) -> None:
         self._renaming = renaming
         ours, theirs = dict(flatten(reference)), dict(flatten(model))
-        by_name = {(path[0], normal(path_text(path[1:]))): path for path in theirs}
+        names = {path: renamed(path_text(path[1:]), renaming) for path in ours}
+        partners = _partners(names, theirs)
+        left = set(theirs) - set(partners.values())
         self._pairs: dict[Path, Path] = {}  # From the reference to the model.
         self.problems: list[Problematic] = []
         modules: dict[str, str] = {}
         for path, value in ours.items():
-            name = renamed(path_text(path[1:]), renaming)
-            partner = by_name.pop((path[0], normal(name)), None)
+            name, partner = names[path], partners.get(path)
             if partner is None:
                 known = [path_text(p) for p in theirs if p[0] == path[0]]
                 wanted = path_text((path[0], name))
@@ -98,11 +99,13 @@ class Paths:
                 self.problems.append(_problem(path, value, why, misfit=True))
             else:
                 self._pairs[path] = partner
-            modules[normal(renamed(path_text(path[1:-1]), renaming))] = path_text(path[1:-1])
+            module = renamed(path_text(path[1:-1]), renaming)
+            modules[module] = path_text(path[1:-1])
+            modules.setdefault(normal(module), modules[module])
         known = [path_text(p) for p in ours]
         # A collection that only the model has shows in what it computes, or not at all.
         compared = {"params", *(path[0] for path in ours)}
-        for path in (path for path in by_name.values() if path[0] in compared):
+        for path in (path for path in theirs if path in left and path[0] in compared):
             why = f"the reference has none; {_few(suggestion(path_text(path), known))}"
             self.problems.append(_problem(path, theirs[path], why))
         self._modules = modules
@@ -117,6 +120,8 @@ class Paths:
         return nest((p, values[q]) for p, q in self._pairs.items() if q in values)
 
     def module(self, path: str) -> str:
+        if path in self._modules:
+            return self._modules[path]
         name = normal(path)
         if name in self._modules or not isinstance(self._renaming, Mapping):
             return self._modules.get(name, name)
@@ -125,6 +130,25 @@ class Paths:
             if name == normal(new) or name.startswith(f"{normal(new)}/"):
                 return f"{old}{name[len(normal(new)) :]}"
         return name
+
+
+def _partners(names: Mapping[Path, str], theirs: Iterable[Path]) -> dict[Path, Path]:
+    """The paths that stand for each other, where any do; equal ones before those like each other.
+
+    Args:
+      names: What each path of the reference, without its collection, is in the model's words.
+      theirs: The paths of the model.
+    """
+    found: dict[Path, Path] = {}
+    left = list(theirs)
+    for spelled in (str, normal):
+        by_name = {(path[0], spelled(path_text(path[1:]))): path for path in left}
+        for path, name in names.items():
+            partner = by_name.pop((path[0], spelled(name)), None) if path not in found else None
+            if partner is not None:
+                found[path] = partner
+        left = list(by_name.values())
+    return found
 
 
 def unboxed(variables: Variables) -> dict[str, Any]:

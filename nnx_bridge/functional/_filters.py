@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 from flax.core import DenyList
 
-from nnx_bridge._collections import collection_name
+from nnx_bridge._variable_types import collection_name
 
 Predicate = Callable[[tuple[Any, ...], Any], bool]
 

@@ -27,7 +27,7 @@ from lifted._errors import Path, dtype_of
 from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import collection_name
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._filters import to_predicate
 from nnx_bridge.functional._hidden import without
 from nnx_bridge.functional._snapshot import Snapshot

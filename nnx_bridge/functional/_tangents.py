@@ -10,7 +10,8 @@ from lifted._errors import Path, path_text, suggestion
 from lifted._group import Filter
 from lifted._inputs import is_differentiable
 from lifted._nested import flat
-from nnx_bridge._collections import collection_name, linen_path
+from nnx_bridge._collections import linen_path
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._storage import plain
 
 

@@ -220,8 +220,8 @@ def _unbound(place: Place, path: Path) -> nn.Module:
     if known is None:
         raise ValueError(
             f"{where}: the Linen module of this node is not known yet, since it is made while a "
-            "method of its parent runs. Make the host by Host.init with sample inputs, or call the "
-            "whole model once before."
+            "method of its parent runs. Make the host with sample inputs, Host(module, "
+            "variables, x), or call the whole model once before."
         )
     if known.module is None:
         raise ValueError(

@@ -16,7 +16,8 @@ from flax import nnx
 
 from lifted._trees import identical
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import Path, Variables, collection_name, nest
+from nnx_bridge._collections import Path, Variables, nest
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.host._layout import path_of
 from nnx_bridge.host._tree import Level, node_at, nodes
 

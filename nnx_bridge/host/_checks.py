@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,19 +67,10 @@ def differences(
       native: paths of modules that do not belong to the Linen module any more.
     """
 
-    def init(args: Any, kwargs: Any) -> Any:
+    def init(*args: Any, **kwargs: Any) -> Any:
         return module.init(jax.random.key(0), *args, method=method, **kwargs)
 
-    arrays = lambda x: isinstance(x, jax.Array) or hasattr(x, "__array__")  # noqa: E731
-    leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
-    dynamic = [leaf for leaf in leaves if arrays(leaf)]
-
-    def run(dynamic: list[Any]) -> Any:
-        given = iter(dynamic)
-        full = [next(given) if arrays(leaf) else leaf for leaf in leaves]
-        return init(*jax.tree.unflatten(treedef, full))
-
-    expected = _by_path(jax.eval_shape(run, dynamic), native)
+    expected = _by_path(abstractly(init, args, kwargs), native)
     found = _by_path(variables, native)
     # What a model has recorded, and what it was never asked to keep, may be there or not.
     optional = {"intermediates", "perturbations", "cache"}
@@ -93,6 +84,20 @@ def differences(
         if want != have:
             lines.append(f"  {path_text(path)}: expected shape {want}, found {have}")
     return lines
+
+
+def abstractly(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`jax.eval_shape` of a call whose arguments need not be arrays all of them."""
+    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
+    leaves, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+
+    def run(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        full = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(treedef, full)
+        return fn(*args, **kwargs)
+
+    return jax.eval_shape(run, [leaf for leaf in leaves if is_array(leaf)])
 
 
 def not_finite(variables: Variables) -> list[str]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import nnx
-from flax.core.scope import CollectionFilter
+from flax.core.scope import CollectionFilter, DenyList
 
 from lifted._errors import describe, path_text
 from nnx_bridge._collections import Variables
-from nnx_bridge.host._checks import differences, not_finite
+from nnx_bridge.host._checks import abstractly, differences, explain, not_finite
 from nnx_bridge.host._interventions import Method, marked
 from nnx_bridge.host._keys import Keys, draw
 from nnx_bridge.host._layout import Layout
-from nnx_bridge.host._node import Node, node_type
+from nnx_bridge.host._node import Node
+from nnx_bridge.host._node_type import node_type
 from nnx_bridge.host._program import Place, Program, default_mutable
 from nnx_bridge.host._tree import contents, fill, node_at, put, slots
 
@@ -46,19 +48,27 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
       module: The Linen module, not bound. Its program is what is run.
       variables: Its variables, as `module.init` returns them; boxed (`nn.Partitioned`) or not. No
         mesh is needed for boxed ones.
+      *args: Sample inputs; `jax.ShapeDtypeStruct` will do, since nothing is computed. They tell
+        which modules a `compact` method makes. Without them the variables are at their places all
+        the same, and submodules can be replaced, but only what `setup` makes can be called by
+        itself and shows its fields, until the model has been called; a submodule of a `compact`
+        method that has no variables (`Dropout`) has no node.
       rngs: The streams that calls take their keys from: `nnx.Rngs` (shared, not forked), a key for
         each stream, or one key, which is that of the stream `params`. The n-th call, counted from
         0, equals `module.apply(..., rngs={name: jax.random.fold_in(key, n)})`. The stream `default`
         serves as Linen's `params`, to which Linen falls back.
+      method: The method that the sample inputs are for.
       mutable: The collections that a call may change, as for `module.apply`. By default, every one
         the model has but `params`, `perturbations` and `intermediates`, so statistics and caches
         update by themselves.
       training: Which arguments or fields `train()` and `eval()` set, with their values in training:
         `{"deterministic": False}`. By default they are found by their names; see
         `Node.training_arguments`.
+      **kwargs: Sample inputs by keyword.
 
     Raises:
       TypeError: `module` is no Linen module, or `variables` are not nested by collection.
+      flax.errors.FlaxError: `variables` do not fit the sample inputs; the message says which.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -78,11 +88,13 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         self,
         module: nn.Module,
         variables: Variables,
-        *,
+        *args: Any,
         rngs: Keys | nnx.Rngs | None = None,
+        method: Method = None,
         mutable: CollectionFilter | None = None,
         training: Mapping[str, bool] | None = None,
         _layout: Layout | None = None,
+        **kwargs: Any,
     ) -> None:
         check_linen_module(module)
         if not isinstance(variables, Mapping):
@@ -90,7 +102,10 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
                 "variables must be nested dicts by collection, as module.init returns them; got "
                 f"{describe(variables)}"
             )
-        layout = Layout.of_setup(module, variables) if _layout is None else _layout
+        layout = _layout
+        if layout is None and (args or kwargs):
+            layout = _layout_of_call(module, variables, args, kwargs, method, mutable)
+        layout = layout or Layout.of_setup(module, variables)
         put(self, "_linen", Place(Program(module, mutable, training, layout), ()))
         if rngs is not None and not isinstance(rngs, nnx.Rngs):
             rngs = nnx.Rngs(**(rngs if isinstance(rngs, Mapping) else {"params": rngs}))
@@ -144,6 +159,33 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         layout.complete = layout.has_modules_of(variables)
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
         return cls(module, variables, rngs=rngs, **options)
+
+
+def _layout_of_call(
+    module: nn.Module,
+    variables: Variables,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    method: Method,
+    mutable: CollectionFilter | None,
+) -> Layout:
+    """What is known of the modules after a call, of which nothing is computed."""
+    layout = Layout()
+    keys = {"params": jax.random.key(0)}
+    # Parameters that are not there are an error, whereas a cache may be made.
+    changeable = DenyList("params") if mutable is None else mutable
+
+    def run(variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        with layout.watching():
+            options: dict[str, Any] = {"rngs": keys, "method": method, "mutable": changeable}
+            module.apply(variables, *args, **options, **kwargs)
+
+    try:
+        abstractly(run, (variables, *args), kwargs)
+    except Exception as error:
+        explain(error, module, variables, args, kwargs, method, frozenset())
+        raise
+    return layout
 
 
 def check_linen_module(module: Any) -> nn.Module:

@@ -46,12 +46,14 @@ class Submodule:
       fields: its dataclass fields, as far as they outlive the call that made it.
       module: the module, not bound; None where a field does not outlive the call.
       unknown: the names of those fields.
+      lifted: whether a transform of Linen is around it.
     """
 
     kind: type[nn.Module]
     fields: dict[str, Any]
     module: nn.Module | None
     unknown: tuple[str, ...] = ()
+    lifted: bool = False
 
 
 class Layout:
@@ -177,9 +179,16 @@ def unbound(module: nn.Module) -> Submodule:
             fields[name] = _map_modules(value, lambda x: _released(x, own, made))
         except _TemporaryError:
             unknown.append(name)
-    if unknown:
-        return Submodule(type(module), fields, None, tuple(unknown))
-    return Submodule(type(module), fields, type(module)(parent=None, **fields))
+    free = None if unknown else type(module)(parent=None, **fields)
+    return Submodule(type(module), fields, free, tuple(unknown), _is_lifted(module))
+
+
+def _is_lifted(module: nn.Module) -> bool:
+    """Whether the scope of a bound module is inside of one that a transform has made."""
+    scope = module.scope
+    while scope is not None and scope.parent is not None:
+        scope = scope.parent
+    return scope is not None and bool(scope.path)
 
 
 def bind(module: nn.Module, scope: Any, resolve: Callable[[Path], nn.Module]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import weakref
@@ -15,20 +14,18 @@ from flax.core.scope import CollectionFilter
 
 from lifted._errors import describe, path_text, suggestion
 from nnx_bridge import _flax_private
+from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name, linen_name
 from nnx_bridge.host._calls import Call, call, method_of
 from nnx_bridge.host._interventions import Method
 from nnx_bridge.host._keys import Keys
 from nnx_bridge.host._modes import find_mode
+from nnx_bridge.host._node_type import NodeType, node_type, sent, sent_type
 from nnx_bridge.host._program import Place
-from nnx_bridge.host._tree import OWN_ATTRIBUTES, RESERVED, Level, escaped, put, slots, unescaped
+from nnx_bridge.host._tree import Level, put, slots
 
 # From which node each node was last reached, so that one which is called by itself finds the keys
 # and the modules of the model that it is a part of.
 _reached: weakref.WeakKeyDictionary[Level, weakref.ref[Level]] = weakref.WeakKeyDictionary()
-
-
-class NodeType(type(nnx.Module)):  # type: ignore[misc]
-    """The type of the classes of nodes, which are found again by the Linen class they stand for."""
 
 
 class Node(Level, metaclass=NodeType):
@@ -118,16 +115,16 @@ class Node(Level, metaclass=NodeType):
 
     def __getitem__(self, name: str) -> Any:
         """The variable, submodule or field of this name in Linen."""
-        if escaped(name) in slots(self):
-            value = slots(self)[escaped(name)]
-            return getattr(self, escaped(name)) if isinstance(value, Node) else value
+        if attribute_name(name) in slots(self):
+            value = slots(self)[attribute_name(name)]
+            return getattr(self, attribute_name(name)) if isinstance(value, Node) else value
         fields = slots(self)["_linen"].fields
         if name in fields:
             return fields[name]
         raise KeyError(f"{type(self).__name__} has no {name!r}; {suggestion(name, _names(self))}")
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.__setattr__(escaped(name), value)
+        self.__setattr__(attribute_name(name), value)
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError(f"{type(self).__name__}, a node of a hosted model, cannot be iterated over")
@@ -180,39 +177,34 @@ class Node(Level, metaclass=NodeType):
             check_value(self, name, value)
             put(self, name, value)
 
+    def __reduce__(self) -> Any:
+        # By the Linen class also where classes are pickled as a whole, as cloudpickle does.
+        kind = self._kind and self._kind()
+        return _empty, (kind and sent(kind), self._base or type(self)), self.__getstate__()
+
     def __nnx_repr__(self) -> Iterator[Any]:
         shown = super().__nnx_repr__()
-        yield next(shown)
-        for name, value in slots(self)["_linen"].fields.items():
+        next(shown)
+        yield _flax_private.shown_class(_shown_type(self))
+        for name, value in _shown_fields(self).items():
             yield _flax_private.shown_attribute(name, value)
         yield from shown
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        # NNX shows the attributes that are there, so the fields are put there for one that is shown
+        # in place of the node.
+        shown = object.__new__(_shown_type(self))
+        vars(shown).update({**_shown_fields(self), **slots(self)})
+        return super(Node, shown).__treescope_repr__(path, subtree_renderer)
+
 
 N = TypeVar("N", bound=Node)
-_types: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def node_type(kind: type[nn.Module] | None, base: type[N]) -> type[N]:
-    """The subclass of ``base`` that has the name of a Linen class; always the same."""
-    if kind is None:
-        return base
-    of_kind = _types.setdefault(kind, {})
-    if base not in of_kind:
-        made: Any = NodeType(kind.__name__, (base,), {"__doc__": kind.__doc__})
-        made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
-        # Weakly, so that a class lives no longer than its last user.
-        made._kind, made._base = weakref.ref(kind), base
-        of_kind[base] = made
-    return of_kind[base]
-
-
-def _by_kind(made: Any) -> Any:
-    """How `pickle` finds a class: those of `node_type` are not attributes of their modules."""
-    kind = made._kind and made._kind()
-    return made.__qualname__ if kind is None else (node_type, (kind, made._base))
-
-
-copyreg.pickle(NodeType, _by_kind)
+def _empty(kind: Any, base: type[N]) -> N:
+    """A node to be filled with what was pickled."""
+    made = sent_type(kind, base)
+    return object.__new__(made)
 
 
 def make(base: type[N], place: Place) -> N:
@@ -244,20 +236,20 @@ def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
       TypeError: The module cannot be called.
     """
     place: Place = slots(node)["_linen"]
-    if name != escaped(unescaped(name)):
+    if name != attribute_name(linen_name(name)):
         raise AttributeError(
             f"{name!r} is an attribute of every NNX module; the submodule of this name is "
             f"replaced by model[{name!r}] = ..."
         )
     submodules = [n for n, x in slots(node).items() if isinstance(x, nnx.Module)]
-    submodules += map(escaped, place.program.layout.children(place.path))
+    submodules += map(attribute_name, place.program.layout.children(place.path))
     if name not in {*submodules} - {*OWN_ATTRIBUTES}:
         where = path_text(place.path) or type(node).__name__
         raise AttributeError(
             f"{where} has no submodule {name!r} that could be replaced; "
             f"{suggestion(name, {*submodules} - {*OWN_ATTRIBUTES})}"
         )
-    below = (*place.path, unescaped(name))
+    below = (*place.path, linen_name(name))
     methods = {method for path, method, _ in place.program.layout.returned if path == below}
     for method in methods or {"__call__"}:
         if not callable(getattr(value, method, None)):
@@ -275,9 +267,9 @@ def check_value(node: Level, name: str, value: Any) -> None:
     """
     place: Place = slots(node)["_linen"]
     held = slots(node).get(name)
-    path = path_text((*place.path, unescaped(name)))
-    got = describe(value)
-    if isinstance(held, nnx.Module) or unescaped(name) in place.program.layout.children(place.path):
+    linen, got = linen_name(name), describe(value)
+    path = path_text((*place.path, linen))
+    if isinstance(held, nnx.Module) or linen in place.program.layout.children(place.path):
         hint = "; host it first: Host.init(module, rngs, *inputs)"
         raise TypeError(
             f"{path}: only an NNX module replaces a submodule, got {got}"
@@ -290,9 +282,17 @@ def check_value(node: Level, name: str, value: Any) -> None:
         )
 
 
+def _shown_type(node: Node) -> type[Node]:
+    """The class of a node; where it was not known when the node was made, that known by now."""
+    return type(node) if node._kind else node_type(slots(node)["_linen"].kind, type(node))
+
+
+def _shown_fields(node: Level) -> dict[str, Any]:
+    """The fields of the Linen module that are not shown as submodules already."""
+    fields = slots(node)["_linen"].fields.items()
+    return {name: value for name, value in fields if attribute_name(name) not in slots(node)}
+
+
 def _names(node: Level) -> list[str]:
     attributes = [n for n, x in slots(node).items() if isinstance(x, nnx.Module | nnx.Variable)]
     return [*attributes, *slots(node)["_linen"].fields]
-
-
-RESERVED.update(name for name in dir(Node) if not name.startswith("_"))

@@ -26,20 +26,18 @@ from lifted._nested import thaw
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import (
     Path,
-    collection_name,
     from_variable,
     linen_path,
     set_variable,
 )
+from nnx_bridge._names import linen_names
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
-from nnx_bridge.host._layout import shapes
 from nnx_bridge.host._marks import new_mark
 
-STACKED = (
-    "init gives an NNX module the values that it has. It cannot do so where a transform of Linen "
-    "around it (nn.scan, nn.vmap, ...) stacks them: take the variables that unhost returns."
-)
+# How many variables a message shows.
+_SHOWN = 4
 
 
 class Replacement:
@@ -49,6 +47,10 @@ class Replacement:
         self.path = path
         self.kind = type(module)
         self._graphdef, self._paths, self._leaves, _ = _flax_private.flatten(module)
+
+    def __reduce__(self) -> Any:
+        leaves = jax.tree.map(lambda x: x, self._leaves)
+        return Replacement, (self.path, _flax_private.unflatten(self._graphdef, leaves)[0])
 
     @property
     def mark(self) -> int:
@@ -85,29 +87,30 @@ class Replacement:
         _record_to(scope, copy, before)
         return result
 
-    def create(self, scope: Scope) -> None:
-        """Makes the variables while the model of ``scope`` is initialised."""
-        if scope.get_flag("initializing", False):
-            for path, leaf in zip(
-                self._paths, jax.tree.map(lambda x: x, self._leaves), strict=True
-            ):
-                self._read(scope, path, leaf)
+    def provide(self, scope: Scope) -> None:
+        """Gives the model of ``scope``, which is initialised, the values that the module has.
 
-    def check_created(self, scope: Scope) -> None:
-        """Checks, after `init` of the model of ``scope``, that the variables have their shapes.
-
-        Raises:
-          ValueError: A transform of Linen around the module has stacked them once more.
+        The model finds them like variables that were there before, so Linen's transforms around
+        the module slice and stack them as in any call.
         """
         for path, leaf in zip(self._paths, self._leaves, strict=True):
             if not isinstance(leaf, nnx.Variable) or _flax_private.is_captured(path):
                 continue
-            collection, *names = linen_path((*self.path, *map(str, path)), leaf)
-            value: Any = scope.get_variable(collection, names[0])
-            for name in names[1:]:
-                value = None if value is None else value.get(name)
-            if value is not None and shapes(nn.meta.unbox(value)) != shapes(leaf.get_value()):
-                raise ValueError(f"{self.where}: {STACKED}")
+            collection, *names = linen_path(tuple(map(str, path)), leaf)
+            names = [*self.path, *names]
+            if scope.is_mutable_collection(collection):
+                _put(scope, collection, names, from_variable(leaf))
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of its variables, as messages show them."""
+        variables = [
+            (path, leaf)
+            for path, leaf in zip(self._paths, self._leaves, strict=True)
+            if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.RngState)
+        ]
+        found = [f"{path_text(path)} {jnp.shape(leaf.get_value())}" for path, leaf in variables]
+        return ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
 
     def _method(self, module: Any, name: str, args: Any, kwargs: Any) -> Any:
         method = module if name == "__call__" and callable(module) else getattr(module, name, None)
@@ -132,9 +135,7 @@ class Replacement:
         if not isinstance(leaf, nnx.Variable) or _flax_private.is_captured(path):
             return None
         collection, *names = place = linen_path(tuple(map(str, path)), leaf)
-        value: Any = scope.get_variable(collection, names[0])
-        for name in names[1:]:
-            value = None if value is None else value.get(name)
+        value = _get(scope, collection, names)
         if value is None:
             value = self._missing(scope, place, leaf)
         set_variable(leaf, value)
@@ -144,10 +145,6 @@ class Replacement:
         """The value of a variable that the scope does not hold."""
         collection, *names = place
         stream = _flax_private.rng_stream(leaf)
-        if scope.get_flag("initializing", False) and scope.is_mutable_collection(collection):
-            value = from_variable(leaf)
-            _put(scope, collection, names, value)
-            return value
         if stream is not None and (scope.has_rng(stream) or scope.has_rng("params")):
             # A transform of Linen around it carries no state of NNX's streams, but Linen's own.
             return _drawn(scope, stream, leaf)
@@ -232,15 +229,24 @@ def _record_to(scope: Scope, copy: nnx.Module, before: dict[int, dict[str, Any]]
             for name, value in recorded_values(variable).items():
                 known = before.get(id(variable), {}).get(name)
                 if value is not known and scope.is_mutable_collection(collection):
-                    _put(scope, collection, [*map(str, path), name], value)
+                    _put(scope, collection, [*linen_names(map(str, path)), name], value)
+
+
+def _get(scope: Scope, collection: str, names: list[Any]) -> Any:
+    """A variable below the module of a scope; None where there is none."""
+    value: Any = scope.get_variable(collection, names[0])
+    for name in names[1:]:
+        value = None if value is None else value.get(name)
+    return value
 
 
 def _put(scope: Scope, collection: str, names: list[Any], value: Any) -> None:
     """Writes a variable below the module of a scope."""
     name, *inner = names
     if inner:
-        tree = thaw(scope.get_variable(collection, name, {}))
-        branch = tree
+        tree = scope.get_variable(collection, name, {})
+        # In place, since the scopes of submodules hold parts of it.
+        branch = tree = tree if isinstance(tree, dict) else thaw(tree)
         for key in inner[:-1]:
             branch = branch.setdefault(key, {})
         branch[inner[-1]] = value

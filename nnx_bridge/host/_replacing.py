@@ -13,7 +13,7 @@ from flax.errors import FlaxError
 from nnx_bridge._collections import Path
 from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
 from nnx_bridge.host._marks import has_mark
-from nnx_bridge.host._replacement import STACKED, Replacement, listing
+from nnx_bridge.host._replacement import Replacement, listing
 
 
 @contextlib.contextmanager
@@ -32,6 +32,7 @@ def replacing(
       base: the path of the model, where it is a part of another one.
     """
     running = False
+    returned: set[Path] = set()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal running
@@ -43,36 +44,49 @@ def replacing(
         if replacement is None or not (mark is None or has_mark(context.module.scope, mark)):
             return call(*args, **kwargs)
         if name == "setup":
-            return _set_up(call, context.module.scope, replacement)
+            return _set_up(call, context.module.scope)
         if name in NOT_CALLED:
             return call(*args, **kwargs)
         running = True
         try:
             result = replacement(context.module, name, args, kwargs)
-        except Exception as error:
-            if context.module.scope.get_flag("initializing", False):
-                error.add_note(f"{replacement.where}: {STACKED}")
-            raise
         finally:
             running = False
         _check_returned(replacement, layout, name, (args, kwargs), result)
+        returned.add(replacement.path)
         return result
 
-    with nn.intercept_methods(intercept):
-        yield
+    try:
+        with nn.intercept_methods(intercept):
+            yield
+    except (TypeError, ValueError) as error:
+        for path, replacement in replacements.items():
+            known = layout.submodules.get(path)
+            if path not in returned and known is not None and known.lifted:
+                error.add_note(
+                    f"{replacement.where}, is inside of a transform of Linen (nn.scan, nn.vmap, "
+                    "...). If the sizes do not fit, stack its variables like those of the Linen "
+                    f"module; they are {replacement.shapes}. If init alone fails, take the "
+                    "variables that unhost has returned."
+                )
+        raise
 
 
-def _set_up(call: Callable[[], None], scope: Scope, replacement: Replacement) -> None:
+def _set_up(call: Callable[[], None], scope: Scope) -> None:
     """Runs `setup` of a module that is replaced, so that its parent may read what it makes.
 
     A parent may use a parameter of a submodule, such as the matrix of an embedding.
     """
-    replacement.create(scope)
+    mutable = scope.mutable
+    if scope.get_flag("initializing", False):
+        scope.mutable = False  # What the replacement does not have is not made either.
     try:
         call()
     except FlaxError:
         # It makes variables that the replacement does not have; its parent cannot read them.
         return
+    finally:
+        scope.mutable = mutable
 
 
 def _check_returned(

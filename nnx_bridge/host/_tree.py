@@ -3,9 +3,6 @@
 A level has an attribute for each variable of its Linen module and for each submodule. Any other
 NNX module in the place of a submodule is its replacement: its Variables are variables of Linen too,
 at the path of the submodule. What else a host keeps in attributes is not seen here.
-
-Names of attributes are those of Linen, with one more underscore at the end where NNX modules or
-hosts have an attribute of that name themselves.
 """
 
 from __future__ import annotations
@@ -21,13 +18,19 @@ from nnx_bridge._collections import (
     Path,
     Variables,
     flatten,
-    free_name,
     linen_entry,
     nest,
     renamed,
     set_variable,
     to_flat_state,
     to_variable,
+)
+from nnx_bridge._names import (
+    OWN_ATTRIBUTES,
+    attribute_name,
+    free_attribute,
+    linen_name,
+    linen_names,
 )
 from nnx_bridge.host._program import Place
 
@@ -61,9 +64,9 @@ class Contents:
     modes: dict[Path, bool] = dataclasses.field(default_factory=dict)
     _collections: dict[Any, str] = dataclasses.field(default_factory=dict)
 
-    def add(self, path: Path, variable: nnx.Variable[Any]) -> None:
-        """Adds the Variable that stands at ``path``."""
-        place, value = linen_entry(path, variable, self._collections)
+    def add(self, modules: Path, attribute: str, variable: nnx.Variable[Any]) -> None:
+        """Adds the Variable that stands in an attribute of the module at the path ``modules``."""
+        place, value = linen_entry(modules, attribute, variable, self._collections)
         self.variables.append((place, variable))
         self.values.append(value)
 
@@ -97,7 +100,8 @@ def contents(root: nnx.Module) -> Contents:
         for inner, leaf in zip(paths, leaves, strict=True):
             # What it records is no variable of the model.
             if isinstance(leaf, nnx.Variable) and not _flax_private.is_captured(inner):
-                found.add((*path, *map(str, inner)), leaf)
+                *modules, attribute = map(str, inner)
+                found.add((*path, *linen_names(modules)), attribute, leaf)
     return found
 
 
@@ -113,9 +117,9 @@ def _collect(node: nnx.Module, path: Path, found: Contents) -> None:
         # By the classes, since `isinstance` takes as long as reading the Variable.
         kinds = type(value).__mro__
         if nnx.Variable in kinds:
-            found.add((*path, unescaped(attribute)), value)
+            found.add(path, attribute, value)
         elif nnx.Module in kinds:
-            name = unescaped(attribute)
+            name = linen_name(attribute)
             if _is_part(value, place, name):
                 _collect(value, (*path, name), found)
             else:
@@ -135,23 +139,23 @@ def nodes(node: nnx.Module, path: Path = ()) -> Iterator[tuple[Path, nnx.Module]
     """The modules of the tree by their paths in Linen, those inside of replacements included."""
     if not isinstance(node, Level):
         for inner, module in nnx.iter_modules(node, graph=True):
-            yield (*path, *map(str, inner)), module
+            yield (*path, *linen_names(map(str, inner))), module
         return
     yield path, node
     for attribute, value in slots(node).items():
         if isinstance(value, nnx.Module) and attribute not in OWN_ATTRIBUTES:
-            name = unescaped(attribute)
+            name = linen_name(attribute)
             if _is_part(value, slots(node)["_linen"], name):
                 yield from nodes(value, (*path, name))
             else:
                 for inner, module in nnx.iter_modules(value, graph=True):
-                    yield (*path, name, *map(str, inner)), module
+                    yield (*path, name, *linen_names(map(str, inner))), module
 
 
 def fill(root: Level, variables: Variables) -> None:
     """Puts variables into an empty tree."""
     for path, variable in to_flat_state(variables):
-        put(node_at(root, path[:-1]), escaped(path[-1]), variable)
+        put(node_at(root, linen_names(path[:-1])), path[-1], variable)
 
 
 def write(root: nnx.Module, found: Contents, before: Variables, updates: Variables) -> None:
@@ -184,9 +188,8 @@ def write(root: nnx.Module, found: Contents, before: Variables, updates: Variabl
 def _add(root: Level, path: Path, value: Any) -> None:
     collection, *modules, name = path
     node = node_at(root, tuple(modules))
-    attribute = free_name(collection, name, slots(node))
-    variable = to_variable(collection, value)
-    put(node, escaped(attribute), renamed(variable, name, attribute))
+    attribute = free_attribute(collection, name, slots(node))
+    put(node, attribute, renamed(to_variable(collection, value), name, attribute))
 
 
 def _remove(node: Level, variable: nnx.Variable[Any]) -> None:
@@ -196,7 +199,7 @@ def _remove(node: Level, variable: nnx.Variable[Any]) -> None:
 def find(root: nnx.Module, path: Path) -> nnx.Module | None:
     """The level of a submodule, or its replacement; None where there is none."""
     for name in path:
-        child = slots(root).get(escaped(name)) if isinstance(root, Level) else None
+        child = slots(root).get(attribute_name(name)) if isinstance(root, Level) else None
         if not isinstance(child, nnx.Module):
             return None
         root = child
@@ -206,30 +209,12 @@ def find(root: nnx.Module, path: Path) -> nnx.Module | None:
 def node_at(root: Level, path: Path) -> Level:
     """The level of a submodule, which is made where there is none."""
     for name in path:
-        attribute = escaped(name)
+        attribute = attribute_name(name)
         if attribute not in slots(root):
             put(root, attribute, root._new_level(name))
         root = slots(root)[attribute]
     return root
 
 
-OWN_ATTRIBUTES = ("_linen", "_linen_rngs", "_linen_mode")
 # With the attributes in which NNX keeps its own books: those that are no parts of a level.
 _NO_PARTS = {*OWN_ATTRIBUTES, *vars(nnx.Module())}
-# Classes enter here the names of their attributes, which submodules and variables cannot have.
-RESERVED = set(OWN_ATTRIBUTES)
-
-
-def _is_reserved(name: str) -> bool:
-    of_python = name.startswith("__")
-    return name.rstrip("_") in RESERVED or of_python or _flax_private.is_bookkeeping(name)
-
-
-def escaped(name: str) -> str:
-    """The attribute of a submodule or variable with this name in Linen."""
-    return f"{name}_" if _is_reserved(name) else name
-
-
-def unescaped(attribute: str) -> str:
-    """The name in Linen of what stands in this attribute, the inverse of `escaped`."""
-    return attribute[:-1] if attribute.endswith("_") and _is_reserved(attribute) else attribute

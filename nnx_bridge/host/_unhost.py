@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax import linen as nn
 from flax import nnx
+from flax.core.scope import Scope
 
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import Path
@@ -18,6 +20,7 @@ from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
 from nnx_bridge.host._marks import places
+from nnx_bridge.host._node_type import received, sent
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
 from nnx_bridge.host._tree import contents
@@ -29,7 +32,11 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     Without replacements the module is the very one that was hosted. With replacements it is an
     instance of a subclass, whose methods call the NNX modules: their Variables stand among
     the variables at the paths of the modules that they replace. Its `init` gives them the values
-    that they have now, since an NNX module does not say how it was made.
+    that they have now, whatever the key, since an NNX module does not say how it was made. Linen's
+    transforms around a replacement (`nn.scan`, `nn.vmap`, `nn.remat`, ...) find them as they are in
+    the host, so stacked where Linen stacks them. A replacement is called by the methods of the
+    module, and by what `apply` and `init` get as `method`; other Linen modules must not reach past
+    them (`self.model.encode(x)`, not `self.model.encoder(x)`).
 
     Args:
       model: The host. Its Variables are not shared with what is returned.
@@ -52,48 +59,104 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     module = program.module
     if found.replacements:
         replacements = {p: Replacement(p, nnx.clone(m)) for p, m in found.replacements.items()}
-        module = _replaced(module, replacements, program.layout)
+        fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+        module = Migration(type(module), replacements, program.layout).module_class(**fields)
     return module, found.read()
 
 
-def _replaced(
-    module: nn.Module, replacements: dict[Path, Replacement], layout: Layout
-) -> nn.Module:
-    """The module as an instance of a subclass that calls the replacements."""
-    kind = type(module)
-    active = _Active()
-    of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
-    marks = [hash(tuple(of_replacements.items()))]
+class Migration:
+    """A Linen class and what replaces submodules of its instances.
 
-    def method(name: str) -> Callable[..., Any]:
-        function = getattr(kind, name)
+    Attributes:
+      kind: the class.
+      module_class: a subclass that calls the replacements.
+    """
+
+    def __init__(self, kind: Any, replacements: dict[Path, Replacement], layout: Layout) -> None:
+        self.kind = kind = received(kind)
+        self._replacements = replacements
+        self._layout = layout
+        self._active = _Active()
+        of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
+        self._marks = [hash(tuple(of_replacements.items()))]
+        self._places = places(of_replacements)
+        slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+        slots["_migration"] = self
+        slots["__reduce__"] = lambda module: (_empty, (self,), module.__getstate__())
+        slots |= {name: self._method(getattr(kind, name)) for name in _methods(kind)}
+        slots |= {name: self._entry(name) for name in ("init", "init_with_output", "apply")}
+        self.module_class = type(kind.__name__, (kind,), slots)
+
+    def _entry(self, name: str) -> Callable[..., Any]:
+        """A method by which Linen is entered, with any function of the module as ``method``."""
+        function = getattr(self.kind, name)
+
+        @nn.nowrap
+        @functools.wraps(function)
+        def enter(module: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+            if isinstance(method, str) and not hasattr(type(module), method):
+                method = _submodule(method)
+            if callable(method):
+                method = self._method(getattr(method, "__func__", method))
+            return function(module, *args, method=method, **kwargs)
+
+        return enter
+
+    def _method(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the class, which finds the replacements in the place of the submodules."""
 
         @functools.wraps(function)
-        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self.scope is None or active.now:  # A method that another one calls.
-                return function(self, *args, **kwargs)
-            active.now = True
-            mark(self, marks)
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            scope = module.scope
+            if scope is None or self._active.now:  # A method that another one calls.
+                return function(module, *args, **kwargs)
+            self._active.now = True
+            mark(module, self._marks)
             try:
                 with (
-                    replacing(replacements, layout, base=path_of(self) or ()),
-                    _flax_private.extra_collections(self.scope, places(of_replacements)),
+                    _provided(scope, self._replacements.values()),
+                    replacing(self._replacements, self._layout, base=path_of(module) or ()),
+                    _flax_private.extra_collections(scope, self._places),
                 ):
-                    result = function(self, *args, **kwargs)
+                    return function(module, *args, **kwargs)
             finally:
-                active.now = False
-            if self.scope.get_flag("initializing", False):
-                for replacement in replacements.values():
-                    replacement.check_created(self.scope)
-            return result
+                self._active.now = False
 
         return run
 
-    slots = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    made = type(kind.__name__, (kind,), {**slots, **{n: method(n) for n in _methods(kind)}})
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
-    of_module: nn.Module = made(**fields)
-    return of_module
+    def __deepcopy__(self, memo: dict[int, Any]) -> Migration:
+        return self  # Nothing in it is ever written.
+
+    def __reduce__(self) -> Any:
+        # What is known of the modules holds functions of Linen that cannot be pickled.
+        return Migration, (sent(self.kind), self._replacements, Layout())
+
+
+def _submodule(name: str) -> Callable[..., Any]:
+    """The function that calls a submodule."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(module, name)(*args, **kwargs)
+
+    return call
+
+
+def _empty(migration: Migration) -> nn.Module:
+    """A module to be filled with what was pickled."""
+    made: nn.Module = object.__new__(migration.module_class)
+    return made
+
+
+@contextlib.contextmanager
+def _provided(scope: Scope, replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Where the module of a scope is initialised, gives replacements the values that they have."""
+    made = list(replacements) if scope.get_flag("initializing", False) else []
+    for replacement in made:
+        replacement.provide(scope)
+    yield
+    # Again, since `nn.map_variables` takes them for what the model has made, and maps them.
+    for replacement in made:
+        replacement.provide(scope)
 
 
 class _Active(threading.local):

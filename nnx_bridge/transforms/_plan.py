@@ -21,7 +21,7 @@ from flax.typing import In, Out
 
 from lifted._errors import Path, path_text
 from nnx_bridge import _flax_private
-from nnx_bridge._collections import collection_name
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional import Predicate, to_predicate
 
 

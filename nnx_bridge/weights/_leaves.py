@@ -16,11 +16,10 @@ from lifted._errors import describe, dtype_of
 from nnx_bridge._collections import (
     Path,
     Variables,
-    collection_name,
     flatten,
     linen_path,
-    variable_type,
 )
+from nnx_bridge._variable_types import collection_name, variable_type
 from nnx_bridge.weights._arrays import holds_array
 from nnx_bridge.weights._layouts import Names
 

@@ -15,6 +15,7 @@ import jax
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path
+from nnx_bridge._names import linen_names
 from nnx_bridge.weights._layouts import Copy, Layout, Names
 from nnx_bridge.weights._leaves import Leaf, Target
 from nnx_bridge.weights._registry import Part, Parts, Shapes, known_parts
@@ -211,4 +212,4 @@ def _slots_of(module: Path, piece: Piece) -> Iterable[Slot]:
         names = [None] * len(arrays)
     collection = part.collection or targets[0].collection
     for i, (path, (shape, dtype)) in enumerate(zip(part.linen, arrays, strict=True)):
-        yield Slot((*module, *path), collection, shape, dtype, names[i], ((piece, i),))
+        yield Slot((*linen_names(module), *path), collection, shape, dtype, names[i], ((piece, i),))

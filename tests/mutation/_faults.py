@@ -306,9 +306,30 @@ FAULTS = [
     Fault(
         "a Variable forgets its Linen name",
         _COLLECTIONS,
-        "    if attribute != name:\n",
+        "    if linen_name(attribute) != name:\n",
         "    if False:\n",
         _BOXES,
+    ),
+    Fault(
+        "the attribute of a clashing name is taken for the name",
+        "nnx_bridge/_names.py",
+        "return attribute[:-1]",
+        "return attribute",
+        "tests/nnx_bridge/host/test_names.py",
+    ),
+    Fault(
+        "a new Variable type cannot be found by pickle",
+        "nnx_bridge/_variable_types.py",
+        'kind.__module__, kind.__qualname__ = __name__, f"TYPES.{_quoted(collection)}"',
+        "pass",
+        "tests/nnx_bridge/host/test_copies.py",
+    ),
+    Fault(
+        "init makes what the setup of a replaced module makes",
+        "nnx_bridge/host/_replacing.py",
+        "scope.mutable = False",
+        "pass",
+        "tests/nnx_bridge/host/test_replacements.py",
     ),
     Fault(
         "two values of one path: the last one wins",

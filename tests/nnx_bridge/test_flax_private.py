@@ -223,14 +223,15 @@ def test_an_attribute_is_shown_where_the_representation_yields_it() -> None:
     class Shown(nnx.Module):
         def __nnx_repr__(self) -> Any:
             shown = super().__nnx_repr__()
-            yield next(shown)
+            next(shown)
+            yield _flax_private.shown_class(nnx.Linear)
             yield _flax_private.shown_attribute("features", (3, "wide"))
             yield from shown
 
     mdl = Shown()
     mdl.width = 5
     text = repr(mdl)
-    assert text.startswith("Shown(")
+    assert text.startswith("Linear(")
     assert text.index("features=(3, 'wide')") < text.index("width=5")
 
 

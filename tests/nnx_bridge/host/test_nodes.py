@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import treescope
 from flax import errors, nnx
 from flax import linen as nn
 
@@ -34,6 +36,27 @@ def test_each_level_shows_class_and_fields_of_its_module() -> None:
     assert "embed=<the module embed>" in repr(model.encoder)
 
 
+def test_treescope_shows_the_fields_of_each_level() -> None:
+    model = hosted()
+    model.layers_1 = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    shown = treescope.render_to_text(model)
+    assert re.search(r"encoder=Encoder\(.*\n\s+embed=Reference\(path=.*\n\s+width=4,", shown)
+    assert "layers_1=Linear(kernel=Param(" in shown
+    assert vars(model.encoder).keys() & {"embed", "width"} == set()
+
+
+def test_a_module_in_a_field_is_shown_once() -> None:
+    class Holds(nn.Module):
+        inner: nn.Module
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.inner(x)
+
+    model = hosted(Holds(nn.Dense(4)))
+    for shown in (repr(model), treescope.render_to_text(model)):
+        assert shown.count("inner=") == 1 and "features=4" in shown
+
+
 def test_without_inputs_the_modules_of_setup_are_known() -> None:
     module, variables = nnx_bridge.unhost(hosted())
     model = Host(module, variables)
@@ -43,11 +66,55 @@ def test_without_inputs_the_modules_of_setup_are_known() -> None:
 
 def test_the_modules_of_compact_are_known_after_a_call() -> None:
     model = Host(*nnx_bridge.unhost(hosted()))
-    with pytest.raises(ValueError, match="encoder/Dense_0: .* not known yet.* Host.init"):
+    with pytest.raises(ValueError, match="encoder/Dense_0: .* not known yet.* sample inputs"):
         model.encoder.Dense_0(X)
+    assert "Dense_0=Node(" in repr(model.encoder)
     model(X)
     assert_trees_equal(model.encoder.Dense_0(X), hosted().encoder.Dense_0(X))
     assert model.encoder.Dense_0.features == 4
+    assert "Dense_0=Dense(" in repr(model.encoder)
+    assert "Dense_0=Dense(" in treescope.render_to_text(model.encoder)
+
+
+def test_the_modules_of_compact_are_replaced_before_a_call() -> None:
+    model, native = Host(*nnx_bridge.unhost(hosted())), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    model.encoder.Dense_0 = native
+    assert_trees_equal(model.encode(X), native(model.embed(X)))
+    assert model.encoder.Dense_0.kernel is native.kernel
+
+
+@pytest.mark.parametrize("x", [X, jax.ShapeDtypeStruct(X.shape, X.dtype)])
+def test_with_sample_inputs_all_modules_are_known(x: Any) -> None:
+    module, variables = nnx_bridge.unhost(hosted())
+    with strict():
+        model = Host(module, variables, x, True, rngs=KEYS)
+    assert nnx.graphdef(model) == nnx.graphdef(hosted())
+    assert model.encoder.Dropout_0.rate == 0.5
+    assert_trees_equal(model.encoder.Dense_0(X), hosted().encoder.Dense_0(X))
+    other = Host(module, variables, x=x, method="encode", rngs=KEYS)
+    assert type(other.encoder.Dense_0).__name__ == "Dense"
+
+
+def test_sample_inputs_of_a_model_that_writes_its_parameters() -> None:
+    class Doubles(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            w = self.variable("params", "w", jnp.ones, 4)
+            w.value *= 2
+            return x * w.value
+
+    variables = {"params": {"w": jnp.ones(4)}}
+    assert_trees_equal(Host(Doubles(), variables, X, mutable=True)(X), 2 * X)
+    with pytest.raises(errors.ModifyScopeVariableError, match="params"):
+        Host(Doubles(), variables, X)
+
+
+def test_variables_that_do_not_fit_the_sample_inputs() -> None:
+    module, variables = nnx_bridge.unhost(hosted())
+    variables["params"]["encoder"].pop("Dense_0")
+    with pytest.raises(errors.FlaxError, match="/encoder/Dense_0") as error:
+        Host(module, variables, X)
+    assert "missing: params/encoder/Dense_0/kernel" in "".join(error.value.__notes__)
 
 
 @pytest.mark.parametrize("train", [False, True])

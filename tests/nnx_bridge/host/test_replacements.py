@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -263,6 +264,57 @@ def test_a_migrated_model_is_a_linen_module_again() -> None:
     assert_trees_equal(hosted_again(X, True, rngs=KEYS), expected)
 
 
+class Scale(nn.Module):
+    def setup(self) -> None:
+        self.by = self.param("by", nn.initializers.ones, (4,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.by
+
+
+class Codec(nn.Module):
+    """Several methods, and a submodule whose `setup` makes a parameter."""
+
+    def setup(self) -> None:
+        self.scale = Scale()
+        self.decoder = nn.Dense(4)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        return self.decoder(x)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decode(self.scale(x))
+
+
+class Negative(nnx.Module):
+    def __init__(self) -> None:
+        self.sign = nnx.Param(jnp.float32(-1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.sign
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["decode", "decoder", Codec.decode, Codec().decode]
+    + [lambda model, x: model.decode(x), lambda model, x: model.decoder(x)],
+)
+def test_every_way_into_a_migrated_model_finds_the_replacements(method: Any) -> None:
+    model = hosted(Codec())
+    model.decoder = Negative()
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.apply(variables, X, method=method), -X)
+    made = module.init(KEYS, X, method=method)
+    assert_trees_equal(made["params"]["decoder"], variables["params"]["decoder"])
+
+
+def test_initialisation_makes_nothing_for_what_is_replaced() -> None:
+    model = hosted(Codec())
+    model.scale, model.decoder = Negative(), Negative()
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.init(KEYS, X), variables)
+
+
 def test_a_migrated_model_initialises_inside_of_a_linen_model() -> None:
     module, variables = nnx_bridge.unhost(migrated())
 
@@ -281,11 +333,99 @@ def test_a_migrated_model_initialises_inside_of_a_linen_model() -> None:
     assert y.shape == (2, 3)
 
 
-def test_initialisation_under_linens_scan_says_where_the_variables_are() -> None:
+def linears(axis: int | None) -> nnx.Module:
+    """A linear layer, or three of them stacked at an axis."""
+    make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)  # noqa: E731
+    if axis is None:
+        return make(nnx.Rngs(0))
+    return nnx.split_rngs(splits=3)(nnx.vmap(make, out_axes=axis))(nnx.Rngs(0))
+
+
+class Lifted(nn.Module):
+    """A layer in a block below a transform of Linen."""
+
+    transform: str
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        stacks = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        of = {
+            "remat": lambda: nn.remat(Inner),
+            "jit": lambda: nn.jit(Inner),
+            "map_variables": lambda: nn.map_variables(Inner, "params", _twice, _half, init=True),
+            "vmap": lambda: nn.vmap(nn.remat(Inner), **stacks, in_axes=None, axis_size=3),
+            "scan": lambda: nn.scan(nn.jit(Inner), **stacks, length=3),
+        }
+        return of[self.transform]()(name="inner")(x)
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        x = nn.Dense(4, name="first")(x)
+        return nn.Dense(4, name="second")(x), None
+
+
+def _twice(variables: Any) -> Any:
+    return jax.tree.map(lambda x: 2 * x, variables)
+
+
+def _half(variables: Any) -> Any:
+    return jax.tree.map(lambda x: x / 2, variables)
+
+
+@pytest.mark.parametrize(
+    ("transform", "axis"),
+    [("remat", None), ("jit", None), ("map_variables", None)]
+    + [(name, axis) for name in ("vmap", "scan") for axis in (0, 1, -1)],
+)
+def test_linens_transforms_initialise_around_a_replacement(transform: str, axis: Any) -> None:
+    module = Lifted(transform, axis or 0)
+    model = hosted(module)
+    model.inner.second = linears(axis)
+    module, variables = nnx_bridge.unhost(model)
+    with strict():
+        y, made = module.init_with_output(KEYS, X)
+    assert_trees_equal(made["params"]["inner"]["second"], variables["params"]["inner"]["second"])
+    assert_trees_equal(made["params"]["inner"]["first"], variables["params"]["inner"]["first"])
+    if transform != "map_variables":  # Its own `init` runs on what is mapped twice.
+        assert_trees_equal(y, module.apply(made, X))
+
+
+def test_initialisation_leaves_statistics_and_streams_as_they_are() -> None:
     model = hosted(Scanned())
     model.layers = stacked()
     module, variables = nnx_bridge.unhost(model)
-    module.apply(variables, X, rngs=KEYS, mutable=["batch_stats"])
-    with pytest.raises(TypeError, match="dot_general") as error:
-        module.init(KEYS, X)
-    assert "layers, replaced by Carries: init gives" in "".join(error.value.__notes__)
+    assert_trees_equal(module.init(KEYS, X), variables)
+
+
+def test_initialisation_below_a_transform_of_the_model_around() -> None:
+    module, variables = nnx_bridge.unhost(migrated())
+
+    class Outer(nn.Module):
+        inner: nn.Module
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            axes = {"params": 1, "batch_stats": 0, "RngKey": 0, "RngCount": 0}
+            call = lambda self, x, _: (self.inner(x), None)  # noqa: E731
+            split = {"params": True, "dropout": True}
+            return nn.scan(call, variable_axes=axes, split_rngs=split, length=3)(self, x, None)[0]
+
+    made = Outer(module).init(KEYS, X)
+    kernel = variables["params"]["layers_0"]["dense"]["kernel"]
+    expected = jnp.stack([kernel] * 3, axis=1)
+    assert_trees_equal(made["params"]["inner"]["layers_0"]["dense"]["kernel"], expected)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_replacement_that_is_not_stacked_as_the_transform_wants(axis: int | None) -> None:
+    model = hosted(Lifted("scan"))
+    model.inner.second = linears(axis)
+    note = "inner/second, replaced by Linear, is inside of .* stack its .* they are bias .*, kernel"
+    module, variables = nnx_bridge.unhost(model)
+    for call in (lambda: model(X), lambda: module.init(KEYS, X)):
+        with pytest.raises((TypeError, ValueError), match="size|shape|return") as info:
+            call()
+        assert re.search(note, "".join(info.value.__notes__))
