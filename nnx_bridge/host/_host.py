@@ -177,7 +177,8 @@ def _layout_of_call(
 
     def run(variables: Variables, *args: Any, **kwargs: Any) -> Any:
         with layout.watching():
-            options: dict[str, Any] = {"rngs": keys, "method": method, "mutable": changeable}
+            watched = marked(method, [layout.mark])
+            options: dict[str, Any] = {"rngs": keys, "method": watched, "mutable": changeable}
             module.apply(variables, *args, **options, **kwargs)
 
     try:
@@ -185,6 +186,7 @@ def _layout_of_call(
     except Exception as error:
         explain(error, module, variables, args, kwargs, method, frozenset())
         raise
+    layout.complete = layout.has_modules_of(variables)
     return layout
 
 
