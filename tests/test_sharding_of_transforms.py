@@ -1,108 +1,212 @@
-"""Eight devices: Linen's transforms on NNX modules move nothing that raw JAX does not move, and
-leave the results where it leaves them."""
+"""Eight devices: Linen's transforms on NNX modules give the numbers of one device, leave the
+results where they belong, and move no array that the program by hand does not move."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import nnx_bridge
-from tests.helpers import assert_trees_equal
-from tests.sharding import LAYOUTS, WIDTH, assert_same_compiled, needs_8_devices, placed
+import lifted
+import nnx_bridge as nn
+from tests.helpers import assert_trees_close, normal
+from tests.sharding import (
+    BATCH,
+    WIDTH,
+    Native,
+    Setting,
+    assert_as_by_hand,
+    needs_8_devices,
+    raw,
+    settings,
+)
 
 pytestmark = needs_8_devices
 
-
-class Block(nnx.Module):
-    """Two products and what is around them."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.up = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array, _: Any = None) -> tuple[jax.Array, None]:
-        return x + self.down(jnp.tanh(self.up(x))), None
+LAYERS = 3
+Model = Callable[[Setting, Any, jax.Array], Any]  # From parameters and a batch to the output.
 
 
-LAYERS = 4
-_STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+class Case(NamedTuple):
+    """A function of a model that a transform lifts, the same by hand, and whether the parameters
+    are stacked."""
+
+    lifted: Callable[[Setting, Native, jax.Array], jax.Array]
+    by_hand: Model
+    stacked: bool = False
 
 
-def _block(params: Any, x: jax.Array) -> jax.Array:
-    return x + jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+def _layer(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    return x + raw(setting, params, x)[0]
 
 
-def _scanned(params: Any, x: jax.Array, step: Callable[..., Any] = _block) -> jax.Array:
-    return jax.lax.scan(lambda x, layer: (step(layer, x), None), x, params)[0]
+def _block(model: Native, x: jax.Array, _: Any = None) -> tuple[jax.Array, None]:
+    return x + model(x), None
 
 
-# Ours, and raw JAX on the stacked parameters.
-TRANSFORMS: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "scan": (nnx_bridge.scan(Block, length=LAYERS, **_STACKED), _scanned),
-    "remat": (
-        nnx_bridge.scan(nnx_bridge.remat(Block), length=LAYERS, **_STACKED),
-        lambda params, x: _scanned(params, x, jax.checkpoint(_block)),
+def _call(model: Native, x: jax.Array) -> jax.Array:
+    return x + model(x)
+
+
+_STACKED: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+
+def _scanned(layer: Model) -> Model:
+    def scan(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, params: (layer(setting, params, x), None), x, params)[0]
+
+    return scan
+
+
+def _rematted(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    return jax.checkpoint(functools.partial(_layer, setting))(params, x)
+
+
+def _mapped(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    return jax.vmap(functools.partial(_layer, setting), (0, None), 1)(params, x)
+
+
+# The scale that every step finds alike is written in a collection that is broadcast.
+def _noting(model: Native, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+    model.seen[...] = model.first[...]
+    return _block(model, x)
+
+
+def _scan_that_writes(setting: Setting, model: Native, x: jax.Array) -> jax.Array:
+    model.first, model.seen = nnx.BatchStat(x), nnx.BatchStat(jnp.zeros_like(x))
+    axes = {"variable_axes": {"params": 0}, "variable_broadcast": "batch_stats"}
+    y, _ = nn.scan(_noting, **axes)(model, x, None)
+    return y + model.seen[...]
+
+
+def _scan_by_hand(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    return _scanned(_layer)(setting, params, x) + x
+
+
+def _switched(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    call = lambda scale: lambda params, x: scale * _layer(setting, params, x)  # noqa: E731
+    return jax.lax.switch(_index(x), [call(1), call(2), call(3)], params, x)
+
+
+def _branched(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    call = functools.partial(_layer, setting)
+    return jax.lax.cond(_index(x) == 1, call, lambda params, x: 2 * call(params, x), params, x)
+
+
+def _index(x: jax.Array) -> jax.Array:
+    return jnp.int32(x.ndim) - 1  # One, which the compiler may not know.
+
+
+def _scaled(scale: int) -> Callable[[Native, jax.Array], jax.Array]:
+    return lambda model, x: scale * _call(model, x)
+
+
+def _doubled(tree: Any) -> Any:
+    return jax.tree.map(lambda x: 2 * x, tree)
+
+
+def _forward(model: Native, x: jax.Array) -> Any:
+    return lifted.vjp(_call, model, x)
+
+
+def _backward(bwd: Any, t_y: jax.Array) -> Any:
+    t_params, t_x = bwd(t_y)
+    return _doubled(t_params), t_x
+
+
+def _custom(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    @jax.custom_vjp
+    def call(params: Any, x: jax.Array) -> jax.Array:
+        return _layer(setting, params, x)
+
+    def backward(bwd: Any, t_y: jax.Array) -> Any:
+        t_params, t_x = bwd(t_y)
+        return _doubled(t_params), t_x
+
+    call.defvjp(lambda params, x: jax.vjp(functools.partial(_layer, setting), params, x), backward)
+    return call(params, x)
+
+
+CASES = {
+    "scan": Case(
+        lambda setting, model, x: nn.scan(_block, **_STACKED)(model, x, None)[0],
+        _scanned(_layer),
+        stacked=True,
     ),
-    "vmap": (
-        nnx_bridge.vmap(Block, axis_size=LAYERS, in_axes=None, **_STACKED),
-        jax.vmap(_block, in_axes=(0, None)),
+    "scan that writes": Case(_scan_that_writes, _scan_by_hand, stacked=True),
+    "scan of remat": Case(
+        lambda setting, model, x: nn.scan(nn.remat(_block), **_STACKED)(model, x, None)[0],
+        _scanned(_rematted),
+        stacked=True,
+    ),
+    "vmap": Case(
+        lambda setting, model, x: nn.vmap(_call, in_axes=None, out_axes=1, **_STACKED)(model, x),
+        _mapped,
+        stacked=True,
+    ),
+    "remat": Case(lambda setting, model, x: nn.remat(_call)(model, x), _rematted),
+    "jit": Case(
+        lambda setting, model, x: nn.jit(_call)(model, x),
+        lambda setting, params, x: jax.jit(functools.partial(_layer, setting))(params, x),
+    ),
+    "cond": Case(
+        lambda setting, model, x: nn.cond(_index(x) == 1, _scaled(1), _scaled(2), model, x),
+        _branched,
+    ),
+    "switch": Case(
+        lambda setting, model, x: nn.switch(_index(x), [*map(_scaled, (1, 2, 3))], model, x),
+        _switched,
+    ),
+    "map_variables": Case(
+        lambda setting, model, x: nn.map_variables(_call, "params", _doubled)(model, x),
+        lambda setting, params, x: _layer(setting, _doubled(params), x),
+    ),
+    "custom_vjp": Case(
+        lambda setting, model, x: nn.custom_vjp(_call, _forward, _backward)(model, x), _custom
     ),
 }
 
 
-def _programs(transform: str, x: jax.Array, layout: Any) -> tuple[Any, Any, Any, jax.Array]:
-    """The gradients of ours and of raw JAX, and their arguments."""
-    ours, raw = TRANSFORMS[transform]
-    up, down, _ = (NamedSharding(x.sharding.mesh, P(None, *spec)) for spec in layout)
-    model = ours(nnx.Rngs(0))
-    for layer, place in ((model.up, up), (model.down, down)):
-        layer.kernel.set_value(jax.device_put(layer.kernel[...], place))
-    graphdef, state = nnx.split(model)
-
-    def gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.value_and_grad(lambda state, x: jnp.mean(fn(state, x) ** 2), (0, 1))
-
-    return (
-        gradients(lambda state, x: nnx.merge(graphdef, state)(x)[0]),
-        gradients(lambda state, x: raw(nnx.to_pure_dict(state), x)),
-        state,
-        x,
-    )
+def _arrays(stacked: bool) -> tuple[Any, jax.Array]:
+    layers = (LAYERS,) if stacked else ()
+    kernel = lambda seed: {"kernel": 0.3 * normal(*layers, WIDTH, WIDTH, seed=seed)}  # noqa: E731
+    return {"down": kernel(1), "up": kernel(2)}, normal(BATCH, WIDTH)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_linen_on_nnx(layout: str, transform: str) -> None:
-    assert_same_compiled(*_programs(transform, placed(layout)[1], LAYOUTS[layout]))
+def _places(setting: Setting, stacked: bool) -> tuple[list[str], Any]:
+    """What the leaves of the parameters are, and their shardings."""
+    names = {name: name + "s" * stacked for name in ("down", "up")}
+    places = {name: {"kernel": setting.place(what)} for name, what in names.items()}
+    return list(names.values()), places
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_with_shardings_in_types(transform: str) -> None:
-    _, x, _ = placed("data", AxisType.Explicit)
-    with jax.set_mesh(x.sharding.mesh):
-        ours, raw, *args = _programs(transform, x, LAYOUTS["data"])
-        found, wanted = (jax.tree.leaves(jax.jit(fn)(*args)) for fn in (ours, raw))
-    assert [jax.typeof(x) for x in found] == [jax.typeof(x) for x in wanted]
-    assert_trees_equal(found, wanted)
+def _gradients(setting: Setting, model: Model) -> Callable[[Any, jax.Array], Any]:
+    loss = lambda params, x: setting.mean(model(setting, params, x) ** 2)  # noqa: E731
+    return jax.value_and_grad(loss, (0, 1))
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_under_shard_map(transform: str) -> None:
-    _, x, _ = placed("data")
-    ours, raw, *args = _programs(transform, x, LAYOUTS["data"])
+@functools.cache
+def _on_one_device(transform: str) -> list[Any]:
+    case, setting = CASES[transform], Setting()
+    return jax.tree.leaves(jax.jit(_gradients(setting, case.by_hand))(*_arrays(case.stacked)))
 
-    def mapped(fn: Callable[..., Any]) -> Callable[..., Any]:
-        def summed(*args: Any) -> list[Any]:
-            return [jax.lax.psum(jnp.sum(x), "data") for x in jax.tree.leaves(fn(*args))]
 
-        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-        return jax.shard_map(summed, mesh=x.sharding.mesh, **specs)
+@pytest.mark.parametrize("transform", CASES)
+@settings
+def test_a_transform_of_linen_on_nnx(setting: Setting, transform: str) -> None:
+    case = CASES[transform]
+    params, x = _arrays(case.stacked)
+    names, places = _places(setting, case.stacked)
+    args = jax.device_put(params, places), jax.device_put(x, setting.place("batch"))
 
-    assert_same_compiled(mapped(ours), mapped(raw), *args)
+    def ours(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+        return case.lifted(setting, Native(setting, params), x)
+
+    programs = _gradients(setting, ours), _gradients(setting, case.by_hand)
+    found = assert_as_by_hand(setting, *programs, args, ["scalar", *names, "batch"])
+    assert_trees_close(found, _on_one_device(transform))
