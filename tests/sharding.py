@@ -82,6 +82,14 @@ class Setting:
             return WIDTH
         return WIDTH // {"data": 4, "model": 2}.get(self.spec(name)[-1], 1)
 
+    def key(self) -> jax.Array:
+        """A key to draw kernels with: inside of `jax.shard_map`, where a device sees its own part
+        only, one for each part."""
+        axis = {"tensor": "model", "fsdp": "data"}.get(self.layout)
+        mapped = self.mode == "shard_map" and axis
+        key = jax.random.key(0)
+        return jax.random.fold_in(key, lax.axis_index(mapped)) if mapped else key
+
     def product(self, name: str) -> Product:
         return Product(self, name)
 

@@ -47,19 +47,12 @@ def test_variables_of_a_host_are_made_in_their_places(setting: Setting) -> None:
         explicit = setting.mode == "explicit"
         return jax.sharding.reshard(params, setting.places) if explicit else params
 
-    def key() -> jax.Array:
-        """In `jax.shard_map` a device draws its own part, and has to have a key of its own."""
-        key = jax.random.key(0)
-        axis = {"tensor": "model", "fsdp": "data"}.get(setting.layout)
-        own = setting.mode == "shard_map" and axis
-        return jax.random.fold_in(key, jax.lax.axis_index(own)) if own else key
-
     def hosted(x: jax.Array) -> Any:
-        model = Host.init(MLP(setting), key(), x)
+        model = Host.init(MLP(setting), setting.key(), x)
         return put(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
     def linen(x: jax.Array) -> Any:
-        return put(MLP(setting).init(key(), x)["params"])
+        return put(MLP(setting).init(setting.key(), x)["params"])
 
     _, x, _ = placed(setting)
     found = assert_as_by_hand(setting, hosted, linen, (x,), ["down", "up"])
