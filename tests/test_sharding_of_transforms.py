@@ -33,12 +33,13 @@ Model = Callable[[Setting, Any, jax.Array], Any]  # From parameters and a batch 
 
 
 class Case(NamedTuple):
-    """A function of a model that a transform lifts, the same by hand, and whether the parameters
-    are stacked."""
+    """A function of a model that a transform lifts, and the same by hand; whether the parameters
+    are stacked, and whether the function has gradients."""
 
     lifted: Callable[[Setting, Native, jax.Array], jax.Array]
     by_hand: Model
     stacked: bool = False
+    has_gradients: bool = True
 
 
 def _layer(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
@@ -102,6 +103,26 @@ def _index(x: jax.Array) -> jax.Array:
     return jnp.int32(x.ndim) - 1  # One, which the compiler may not know.
 
 
+def _counting(model: Native, x: jax.Array) -> jax.Array:
+    model.count[...] += 1
+    return _call(model, x)
+
+
+def _while(setting: Setting, model: Native, x: jax.Array) -> jax.Array:
+    model.count = nnx.BatchStat(jnp.int32(0))
+    goes_on = lambda model, x: model.count[...] < LAYERS  # noqa: E731
+    return nn.while_loop(goes_on, _counting, model, x, carry_variables="batch_stats")
+
+
+def _while_by_hand(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    def step(carry: Any) -> Any:
+        x, count = carry
+        count = count + 1
+        return _layer(setting, params, x), count
+
+    return jax.lax.while_loop(lambda carry: carry[1] < LAYERS, step, (x, jnp.int32(0)))[0]
+
+
 def _scaled(scale: int) -> Callable[[Native, jax.Array], jax.Array]:
     return lambda model, x: scale * _call(model, x)
 
@@ -162,6 +183,7 @@ CASES = {
         lambda setting, model, x: nn.switch(_index(x), [*map(_scaled, (1, 2, 3))], model, x),
         _switched,
     ),
+    "while_loop": Case(_while, _while_by_hand, has_gradients=False),
     "map_variables": Case(
         lambda setting, model, x: nn.map_variables(_call, "params", _doubled)(model, x),
         lambda setting, params, x: _layer(setting, _doubled(params), x),
@@ -185,15 +207,15 @@ def _places(setting: Setting, stacked: bool) -> tuple[list[str], Any]:
     return list(names.values()), places
 
 
-def _gradients(setting: Setting, model: Model) -> Callable[[Any, jax.Array], Any]:
+def _program(case: Case, setting: Setting, model: Model) -> Callable[[Any, jax.Array], Any]:
     loss = lambda params, x: setting.mean(model(setting, params, x) ** 2)  # noqa: E731
-    return jax.value_and_grad(loss, (0, 1))
+    return jax.value_and_grad(loss, (0, 1)) if case.has_gradients else loss
 
 
 @functools.cache
 def _on_one_device(transform: str) -> list[Any]:
     case, setting = CASES[transform], Setting()
-    return jax.tree.leaves(jax.jit(_gradients(setting, case.by_hand))(*_arrays(case.stacked)))
+    return jax.tree.leaves(jax.jit(_program(case, setting, case.by_hand))(*_arrays(case.stacked)))
 
 
 @pytest.mark.parametrize("transform", CASES)
@@ -207,6 +229,7 @@ def test_a_transform_of_linen_on_nnx(setting: Setting, transform: str) -> None:
     def ours(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
         return case.lifted(setting, Native(setting, params), x)
 
-    programs = _gradients(setting, ours), _gradients(setting, case.by_hand)
-    found = assert_as_by_hand(setting, *programs, args, ["scalar", *names, "batch"])
+    programs = (_program(case, setting, model) for model in (ours, case.by_hand))
+    outs = ["scalar", *names, "batch"] if case.has_gradients else ["scalar"]
+    found = assert_as_by_hand(setting, *programs, args, outs)
     assert_trees_close(found, _on_one_device(transform))
