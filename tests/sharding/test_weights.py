@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import nnx_bridge
 from tests.helpers import assert_trees_equal, normal, randomized
 from tests.nnx_bridge.checkpoints.files import save
-from tests.sharding import (
+from tests.sharding.matrix import (
     KINDS,
     MLP,
     WIDTH,

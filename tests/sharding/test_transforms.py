@@ -15,7 +15,7 @@ from flax import nnx
 import lifted
 import nnx_bridge as nn
 from tests.helpers import assert_trees_close, normal
-from tests.sharding import (
+from tests.sharding.matrix import (
     BATCH,
     WIDTH,
     Native,

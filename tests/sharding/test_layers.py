@@ -17,7 +17,7 @@ from flax import nnx
 import layers
 from layers.linen import drop_params
 from tests.helpers import assert_trees_close
-from tests.sharding import (
+from tests.sharding.matrix import (
     MLP,
     Native,
     Setting,

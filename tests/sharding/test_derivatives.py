@@ -13,7 +13,7 @@ import pytest
 
 import lifted
 from tests.helpers import assert_trees_close
-from tests.sharding import (
+from tests.sharding.matrix import (
     KINDS,
     LAYOUTS,
     Setting,
