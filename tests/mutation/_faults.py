@@ -277,8 +277,8 @@ FAULTS = [
     Fault(
         "perturbations start at one",
         _DERIVATIVES,
-        "seeds = [jnp.zeros(zero.shape, zero.dtype) for zero in zeros]",
-        "seeds = [jnp.ones(zero.shape, zero.dtype) for zero in zeros]",
+        "seeds = [jnp.zeros_like(zero) for zero in zeros]",
+        "seeds = [jnp.ones_like(zero) for zero in zeros]",
         f"{_GRADS}",
     ),
     Fault(
