@@ -5,14 +5,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lifted._engine import Call, check_selects
 from lifted._errors import describe
 from lifted._functional import Functional, Structure
 from lifted._group import Filter, Updates, Variables, group_of, is_target
-from lifted._inputs import Inputs, Layout, Selection, is_differentiable, zeros_float0
+from lifted._inputs import (
+    Inputs,
+    Layout,
+    Selection,
+    is_differentiable,
+    zeros_float0,
+    zeros_like_aval,
+)
 from lifted._tangents import match_tangents
 from lifted._trees import structure
 
@@ -282,8 +288,5 @@ class _Pushforward:
         }
         active.pop(None, None)
         return tangent_map(
-            [
-                jnp.zeros(a.shape, a.dtype) if t is None else t
-                for _, (t, a) in sorted(active.items())
-            ]
+            [zeros_like_aval(a) if t is None else t for _, (t, a) in sorted(active.items())]
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lifted._errors import Path, dtype_of, key_of
+from lifted._errors import Path, key_of
 from lifted._functional import Functional
 from lifted._group import Filter, Variables
 
@@ -34,8 +34,12 @@ def zeros_float0(shape: Sequence[int]) -> np.ndarray:
 
 
 def zeros_like_aval(x: Any) -> Any:
-    """The zero tangent or cotangent of a value, of which only shape and dtype are looked at."""
-    return jnp.zeros(x.shape, x.dtype) if is_differentiable(x) else zeros_float0(x.shape)
+    """The zero tangent or cotangent of a value, of which only the type is looked at: that of JAX,
+    which may say how the value is sharded and over which axes of a `jax.shard_map` it varies."""
+    if not is_differentiable(x):
+        return zeros_float0(x.shape)
+    # JAX makes zeros of a type only as `jax.eval_shape` describes it.
+    return jnp.zeros_like(jax.eval_shape(lambda x: x, x), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +182,12 @@ class Layout:
       treedef: structure of the result.
       sources: for each leaf of the result its position among the differentiated leaves, None for a
         held one.
-      avals: for each leaf of the result the shape and dtype of its value.
+      avals: for each leaf of the result the type of its value.
     """
 
     treedef: Any
     sources: tuple[int | None, ...]
-    avals: tuple[jax.ShapeDtypeStruct, ...]
+    avals: tuple[Any, ...]
 
     def fill(
         self,
@@ -219,8 +223,8 @@ def _name(path: tuple[Any, ...]) -> Path:
     return tuple(map(key_of, path))
 
 
-def _aval(x: Any) -> jax.ShapeDtypeStruct:
+def _aval(x: Any) -> Any:
     try:
-        return jax.ShapeDtypeStruct(np.shape(x), dtype_of(x))
+        return jax.typeof(x)
     except TypeError:  # Not an array: such a leaf is held, and its entry is trivial.
         return jax.ShapeDtypeStruct((), jax.dtypes.float0)

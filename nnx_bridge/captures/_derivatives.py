@@ -95,7 +95,9 @@ def capture_grad(
     target = _Target(mdl, intermediates, perturbations, _outputs(capture_intermediates))
     perturbed = target.perturbations(fn, primals, variables, grad_variables, rngs)
     zeros, form = jax.tree.leaves(perturbed), structure(perturbed)
-    seeds = [jnp.zeros(zero.shape, zero.dtype) for zero in zeros]
+    # Sharded, and varying over the axes of a `jax.shard_map`, as the values that they are added to:
+    # otherwise their gradients would be gathered, or summed over these axes.
+    seeds = [jnp.zeros_like(zero) for zero in zeros]
 
     def seeded(mdl: Any, seeds: list[Any], *primals: Any) -> Any:
         out, (sown, _) = target.record(fn, mdl, primals, form.unflatten(seeds))

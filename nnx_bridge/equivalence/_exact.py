@@ -94,6 +94,8 @@ def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
     inlined = _inlined(equation)
     if inlined is not None:
         return _run(inlined, arguments)
+    if primitive.name == "shard_map":
+        return _mapped(params, arguments)
     if primitive.name == "reduce_precision":
         return arguments
     if primitive.name in _AS_WRITTEN:
@@ -109,6 +111,15 @@ def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
     return [promote(x) for x in (results if primitive.multiple_results else [results])]
 
 
+def _mapped(params: dict[str, Any], arguments: list[Any]) -> list[Any]:
+    """A `jax.shard_map`: only inside of one have the axes of its mesh a name."""
+    closed = core.ClosedJaxpr(params["jaxpr"], ())
+    same = {name: params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+    axes = params["newly_manual_axes"]
+    run = jax.shard_map(lambda *parts: tuple(_run(closed, parts)), axis_names=axes, **same)
+    return list(run(*arguments))
+
+
 def _inlined(equation: Any) -> Any:
     """The program that the equation does nothing but call; None for other equations."""
     name, params = equation.primitive.name, equation.params
@@ -122,9 +133,10 @@ def _inlined(equation: Any) -> Any:
 def _promoted(value: Any) -> Any:
     """A parameter of an equation for promoted arguments."""
     if isinstance(value, core.ClosedJaxpr):
-        shapes = [
-            jax.ShapeDtypeStruct(v.aval.shape, _wide(v.aval.dtype)) for v in value.jaxpr.invars
-        ]
+        # With their shardings, and the axes of a `jax.shard_map` that they vary over.
+        shapes = jax.eval_shape(
+            lambda *arguments: tuple(map(promote, arguments)), *(v.aval for v in value.jaxpr.invars)
+        )
         return jax.make_jaxpr(lambda *arguments: _run(value, arguments))(*shapes)
     if isinstance(value, core.Jaxpr):
         return _promoted(core.ClosedJaxpr(value, ())).jaxpr

@@ -116,7 +116,7 @@ class Loop:
                     if isinstance(key, _Output)
                     else self._lifting.differs(key)
                 )
-            self._alike[key] = jnp.zeros(shape.shape, shape.dtype)
+            self._alike[key] = jnp.zeros_like(shape)
         self._found.clear()
 
     def step(self, state: Any, xs: Any, *, found_only: bool = False) -> Any:

@@ -277,8 +277,8 @@ FAULTS = [
     Fault(
         "perturbations start at one",
         _DERIVATIVES,
-        "seeds = [jnp.zeros(zero.shape, zero.dtype) for zero in zeros]",
-        "seeds = [jnp.ones(zero.shape, zero.dtype) for zero in zeros]",
+        "seeds = [jnp.zeros_like(zero) for zero in zeros]",
+        "seeds = [jnp.ones_like(zero) for zero in zeros]",
         f"{_GRADS}",
     ),
     Fault(
@@ -607,5 +607,43 @@ FAULTS = [
         "total = jnp.zeros_like(like, dtype=wide_dtype(like.dtype))",
         "total = jnp.zeros_like(like, dtype=like.dtype)",
         "tests/layers/test_per_example.py -k half",
+    ),
+    # Where arrays are.
+    Fault(
+        "the gradients at perturbed values are gathered, or summed over devices",
+        _DERIVATIVES,
+        "jnp.zeros_like(zero) for zero in zeros",
+        "jnp.zeros(zero.shape, zero.dtype) for zero in zeros",
+        "tests/sharding/test_migration.py -k test_captures",
+    ),
+    Fault(
+        "a tangent that is left out is on no mesh",
+        "lifted/_inputs.py",
+        "jnp.zeros_like(jax.eval_shape(lambda x: x, x), x.dtype)",
+        "jnp.zeros(x.shape, x.dtype)",
+        "tests/sharding/test_derivatives.py -k linearize",
+    ),
+    Fault(
+        "what a loop writes alike is on no mesh",
+        _LIFTED + "_loop.py",
+        "jnp.zeros_like(shape)",
+        "jnp.zeros(shape.shape, shape.dtype)",
+        "tests/sharding/test_transforms.py -k writes",
+    ),
+    Fault(
+        "the reference in float64 leaves jax.shard_map",
+        "nnx_bridge/equivalence/_exact.py",
+        'if primitive.name == "shard_map":',
+        'if primitive.name == "shard map":',
+        "tests/sharding/test_weights.py -k comparison_runs",
+    ),
+    Fault(
+        "loops of the reference in float64 lose shardings",
+        "nnx_bridge/equivalence/_exact.py",
+        "lambda *arguments: tuple(map(promote, arguments)), *(v.aval for v in value.jaxpr.invars)",
+        "lambda *xs: tuple(map(promote, xs)),\n"
+        "            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)"
+        " for v in value.jaxpr.invars),",
+        "tests/sharding/test_weights.py -k comparison_runs",
     ),
 ]

@@ -6,6 +6,7 @@ the variables are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,52 @@ def test_outputs_updates_and_gradients_have_the_program_of_linen(name: str) -> N
         for call in calls(twin)
     )
     assert ours == linen
+
+
+# In explicit sharding mode JAX asks these for a sharding that Linen has no argument for.
+ASKED = {
+    "Dropout": "select `which` must be scalar or have the same sharding as cases",
+    "Fp8DirectDotGeneralOp": "Contracting dimensions are sharded and it is ambiguous",
+    "Fp8Einsum": "Contracting dimensions are sharded and it is ambiguous",
+}
+LAST_OF_EACH = {type(twin.linen).__name__: twin for twin in TWINS.values()}
+
+
+def sharded(layer: str) -> tuple[jax.sharding.Mesh, list[Callable[[], str]]]:
+    """A mesh, and the programs of Linen and ours for a batch that has its sharding in its type."""
+    twin = LAST_OF_EACH[layer]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def placed(x: Any, *spec: Any) -> jax.ShapeDtypeStruct:
+        sharding = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def of_batch(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return placed(x, *["data"] * (x.shape[:1] == (2,)))
+
+    inputs = jax.tree.map(of_batch, twin.arrays)
+    variables = jax.tree.map(placed, jax.eval_shape(twin.variables, KEY))
+
+    def traced(call: Callable[..., Any]) -> str:
+        return program(lambda v, x: gradients(call, v, x), variables, inputs)
+
+    return mesh, [functools.partial(traced, call) for call in calls(twin)]
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+@pytest.mark.parametrize("layer", [name for name in LAST_OF_EACH if name not in ASKED])
+def test_the_program_is_that_of_linen_for_shardings_in_types(layer: str) -> None:
+    mesh, (linen, ours) = sharded(layer)
+    with jax.set_mesh(mesh):
+        assert ours() == linen()
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+@pytest.mark.parametrize("layer", ASKED)
+def test_layers_of_linen_that_cannot_take_shardings_in_types(layer: str) -> None:
+    mesh, (linen, _) = sharded(layer)
+    with jax.set_mesh(mesh), pytest.raises(Exception, match=ASKED[layer]):
+        linen()
 
 
 # One setting of each layer is enough: what the layers share makes the variables.
