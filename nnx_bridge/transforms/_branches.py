@@ -8,7 +8,8 @@ import jax
 
 from lifted._engine import unbound
 from lifted._errors import describe
-from nnx_bridge.transforms._lifting import Form, Key, Lifting, Taken
+from nnx_bridge.transforms._inputs import Inputs, Taken
+from nnx_bridge.transforms._lifting import Form, Key, Lifting
 from nnx_bridge.transforms._plan import Plan
 from nnx_bridge.transforms._targets import check_output, with_targets
 
@@ -121,7 +122,7 @@ class _Branches:
             functools.partial(self._call, i, fn) for i, (fn, _, _) in enumerate(lifted)
         ]
         self._lifting = Lifting(Plan.whole(name, variables, rngs), mdl, {})
-        self._inputs = self._lifting.inputs(None)
+        self._inputs = Inputs(self._lifting, None)
         self._written: dict[Key, None] = {}
         self._forms: dict[int, tuple[Form, list[Key]]] = {}
         self._left: dict[int, dict[str, Any]] = {}
@@ -135,8 +136,7 @@ class _Branches:
         updates = self._lifting.updates(form, {}, kept)
         changed = {}
         for path, _ in self._lifting.leaves:
-            _, start, treedef = self._inputs.places[path]
-            numbers = range(start, start + treedef.num_leaves)
+            _, numbers, treedef = self._inputs.places[path]
             if any(number in self._written for number in numbers):
                 changed[path] = treedef.unflatten([kept[number] for number in numbers])
         self._lifting.functional.publish([updates.replaced(changed)])
@@ -146,25 +146,26 @@ class _Branches:
         lifting = self._lifting
         step = self._inputs.step({}, ())
         try:
-            y, updates = lifting.functional(step.variables, fn, *operands)
+            with step.opened() as (mdl, take):
+                y = fn(mdl, *operands)
+                taken = take()
         except AttributeError as error:
             raise lifting.explain(error) from error
         check_output(lifting.plan.name, y)
-        taken = step.take(updates)
         parts = [taken.kept.pop(i, part) for i, part in enumerate(lifting.parts)]
         self._written |= {i: None for i, part in enumerate(parts) if part is not lifting.parts[i]}
         self._forms[number] = taken.form, list(taken.kept)
-        self._check_alike(number, taken, updates[0].graph.value is not None)
+        self._check_alike(number, taken)
         return y, parts, list(taken.kept.values())
 
-    def _check_alike(self, number: int, taken: Taken, regraphed: bool) -> None:
+    def _check_alike(self, number: int, taken: Taken) -> None:
         """Checks that a branch leaves the module with the structure that the others do.
 
         Raises:
           ValueError: it does not.
         """
         left = {key[0]: describe(x) for key, x in taken.kept.items() if isinstance(key, tuple)}
-        if regraphed:
+        if taken.form.regraphed:
             left["its attributes"] = "changed"
         first = self._left.setdefault(min(self._left, default=number), left)
         for path in sorted(first.keys() | left.keys(), reverse=True):
