@@ -45,6 +45,7 @@ class NNXGroup:
     """NNX modules and Variables; see `lifted._group.Group`.
 
     Attributes:
+      graphdef: what is static of the targets; hashable.
       shown: what is in ``variables`` by path, first the number of the target.
     """
 
@@ -54,7 +55,7 @@ class NNXGroup:
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
         self._are_variables = [isinstance(target, nnx.Variable) for target in targets]
-        self._graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
+        self.graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
             tuple(targets)
         )
         # Asked here, since inside a JAX transform even this question would be an operation.
@@ -106,7 +107,7 @@ class NNXGroup:
         # New Variables in new containers: what the call writes in place is not the caller's.
         parts, treedef = jax.tree.flatten(leaves)
         fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
-        copies, nodes = _flax_private.unflatten(self._graphdef, fresh)
+        copies, nodes = _flax_private.unflatten(self.graphdef, fresh)
         snapshot = Snapshot(nodes.values())
         targets = list(copies)
         with _explained(), contextlib.ExitStack() as hiding:
