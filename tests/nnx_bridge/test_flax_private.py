@@ -75,6 +75,20 @@ def test_a_changed_copy_brings_the_original_to_its_state() -> None:
     assert not hasattr(mdl.second, "bias")
 
 
+def test_the_definition_of_a_graph_is_hashable_and_equal_for_equal_graphs() -> None:
+    first, second = (_flax_private.flatten(models.make(models.MLP))[0] for _ in range(2))
+    assert (first, hash(first)) == (second, hash(second))
+    assert first != _flax_private.flatten(models.make(models.Norm))[0]
+
+
+def test_metadata_are_compared_as_nnx_gives_them_out() -> None:
+    a, b, c = (nnx.Param(jnp.ones(2), unit=unit) for unit in ("m", "m", "s"))
+    for other in (b, c):
+        same = a.get_metadata() == other.get_metadata()
+        assert _flax_private.same_metadata(a, other) == same
+    assert not _flax_private.same_metadata(a, c)
+
+
 def test_attributes_leave_out_the_books_of_nnx() -> None:
     assert set(_flax_private.attributes(vars(models.make(models.MLP)))) == {"first", "second"}
     mdl = models.make(models.Containers)
