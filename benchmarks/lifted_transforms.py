@@ -11,8 +11,9 @@ milliseconds, of which what a lifted call does before and after is not a small p
 
 No claim is made where raw JAX need not touch the module and a lifted call does. Each branch of
 `cond` and `switch`, and the condition of `while_loop`, gets a module, whether it uses it or not;
-`jit` compares the graph of the module with those that were compiled; `map_variables` shows the
-user's function nested dicts by collection.
+`jit` compares the graph of the module with those that were compiled; `custom_vjp` takes the module
+apart twice, for itself and for the `lifted.vjp` of the user's forward pass; `map_variables` shows
+the user's function nested dicts by collection.
 """
 
 import time
@@ -227,6 +228,7 @@ CASES: dict[str, _Case] = {
         _with_backward(nn, lifted.vjp),
         _linen_with(_with_backward(linen, linen.vjp)),
         gradient=True,
+        claimed=False,
     ),
     "map_variables": _Case(
         lambda call, state, x: call(_doubled(state), x),
