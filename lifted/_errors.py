@@ -9,6 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 Path = tuple[Any, ...]
+_KEY_ATTRIBUTES = {
+    jax.tree_util.DictKey: "key",
+    jax.tree_util.GetAttrKey: "name",
+    jax.tree_util.SequenceKey: "idx",
+    jax.tree_util.FlattenedIndexKey: "key",
+}
 
 
 def path_text(path: Path) -> str:
@@ -18,10 +24,8 @@ def path_text(path: Path) -> str:
 
 def key_of(entry: Any) -> Any:
     """The dictionary key, attribute name or index that a `jax.tree_util` key entry stands for."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return entry
+    attribute = _KEY_ATTRIBUTES.get(type(entry))
+    return entry if attribute is None else getattr(entry, attribute)
 
 
 def describe(x: Any) -> str:

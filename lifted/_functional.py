@@ -245,14 +245,14 @@ def functionalize(
       >>> jax.jacobian(pure)(functional.variables, x)["params"]["bias"].tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    leaves = jax.tree.leaves(mdl, is_leaf=is_target)
-    if not leaves or not all(map(is_target, leaves)):
+    targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
+    if not targets or not all(map(is_target, targets)):
         load_entry_points()
-    if not jax.tree.leaves(mdl, is_leaf=is_target):
+        targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
+    if not targets:
         raise TypeError(
             f"mdl: expected a module, a scope or a pytree of these, got {mdl!r}, which has none."
         )
-    targets, treedef = jax.tree.flatten(mdl, is_leaf=is_target)
     structure = Structure(treedef, tuple(_kind(target, mdl) for target in targets))
     groups: list[Group] = [
         kind([targets[i] for i in places], variables=variables, frozen=frozen, rngs=rngs)

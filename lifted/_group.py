@@ -90,6 +90,8 @@ class Group(Protocol):
 _groups: list[tuple[Callable[[Any], bool], type[Group]]] = []
 _are_values: list[Callable[[Any], bool]] = []
 _entry_points_loaded = False
+# No targets, which need not be asked of each kind; much of what a pytree is made of.
+_CONTAINERS = {tuple, list, dict, type(None)}
 
 
 def register_group(
@@ -108,6 +110,8 @@ def register_group(
 
 def group_of(x: Any) -> type[Group] | None:
     """The class that functionalises ``x``, None where ``x`` is no target."""
+    if type(x) in _CONTAINERS:
+        return None
     for is_target, group in _groups:
         if is_target(x):
             return group
@@ -130,7 +134,7 @@ def is_target(x: Any) -> bool:
 
 def is_value(x: Any) -> bool:
     """Whether ``x`` is a value of a kind of its own, such as an `nnx.State`."""
-    return any(is_value(x) for is_value in _are_values)
+    return type(x) not in _CONTAINERS and any(is_value(x) for is_value in _are_values)
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from flax.core.scope import Scope
 from flax.nnx import graphlib, reprlib, tracers
 
 Indices = graphlib.RefMap
+Nodes = graphlib.IndexMap
 _CAPTURES = "__captures__"
 _BOOKKEEPING = "_pytree__"
 
@@ -27,15 +28,17 @@ def flatten(node: Any) -> tuple[Any, list[tuple[Any, ...]], list[Any], Indices]:
     return graphdef, list(state.paths), list(state.leaves), indices
 
 
-def unflatten(graphdef: Any, leaves: Sequence[Any]) -> tuple[Any, list[Any], Indices]:
-    """A new graph that holds the leaves themselves, its nodes, and their indices."""
+def unflatten(graphdef: Any, leaves: Sequence[Any]) -> tuple[Any, Nodes]:
+    """A new graph that holds the leaves themselves, and its nodes by their indices."""
     nodes = graphlib.IndexMap()
     copy = graphlib.unflatten(graphdef, list(leaves), index_ref=nodes)
-    return copy, list(nodes.values()), graphlib.RefMap.from_indexmap(nodes)
+    return copy, nodes
 
 
-def flatten_copy(copy: Any, indices: Indices) -> Any:
-    """The definition of a graph whose nodes remember the ``indices`` that they were made with."""
+def flatten_copy(copy: Any, nodes: Nodes) -> Any:
+    """The definition of a graph that remembers the indices of the ``nodes`` that `unflatten`
+    made."""
+    indices = graphlib.RefMap.from_indexmap(nodes)
     graphdef, _ = graphlib.flatten(copy, ref_outer_index=indices, graph=True)
     return graphdef
 
@@ -67,8 +70,15 @@ def is_bookkeeping(name: str) -> bool:
 def rng_stream(variable: Any) -> str | None:
     """Name of the RNG stream that a Variable belongs to; None for one that is no RNG state."""
     # That something is no instance of a Variable type takes NNX longer to tell.
-    tag = variable.get_metadata().get("tag")
-    return tag if tag is not None and isinstance(variable, nnx.RngState) else None
+    if not variable.has_metadata("tag") or not isinstance(variable, nnx.RngState):
+        return None
+    tag: str | None = variable.get_metadata("tag")
+    return tag
+
+
+def same_metadata(a: nnx.Variable[Any], b: nnx.Variable[Any]) -> bool:
+    """Whether two Variables have equal metadata, of which NNX gives out copies only."""
+    return bool(a._var_metadata == b._var_metadata)
 
 
 def captures_of_lists(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
@@ -77,12 +87,11 @@ def captures_of_lists(paths: Sequence[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
     A list's other keys are integers, and an `nnx.State` whose keys are of two types can neither be
     flattened by JAX nor by Flax.
     """
+    captured = [path for path in paths if _CAPTURES in path]
+    if not captured:
+        return set()
     lists = {path[:i] for path in paths for i, key in enumerate(path) if isinstance(key, int)}
-    return {
-        path
-        for path in paths
-        if any(key == _CAPTURES and path[:i] in lists for i, key in enumerate(path))
-    }
+    return {path for path in captured if path[: path.index(_CAPTURES)] in lists}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,11 @@ from typing import Any
 
 from flax import nnx
 from flax.core import DenyList
+from flax.core.scope import in_filter
 
+from lifted._errors import Path
+from lifted._group import Filter
+from nnx_bridge import _flax_private
 from nnx_bridge._variable_types import collection_name
 
 Predicate = Callable[[tuple[Any, ...], Any], bool]
@@ -50,5 +54,29 @@ def to_predicate(filter: Any) -> Predicate:
         ) from None
 
 
+def visibility(variables: Filter, frozen: Filter, rngs: Filter) -> Predicate:
+    """Whether a leaf is visible: RNG state by the name of its stream, all else by the filters."""
+    filters = [f for f in (variables, frozen) if f is not False]
+    of_variables = to_predicate(filters[0] if len(filters) == 1 else filters)
+    stream = to_predicate(rngs) if not _names_streams(rngs) else None
+
+    def visible(path: Path, leaf: Any) -> bool:
+        if not issubclass(type(leaf), nnx.Variable):  # Faster than NNX's `isinstance`.
+            return True
+        name = _flax_private.rng_stream(leaf)
+        if name is None:
+            return of_variables(path, leaf)
+        return in_filter(rngs, name) if stream is None else stream(path, leaf)
+
+    return visible
+
+
+def _names_streams(rngs: Filter) -> bool:
+    return isinstance(rngs, (bool, str, DenyList)) or (
+        isinstance(rngs, Collection) and all(isinstance(r, str) for r in rngs)
+    )
+
+
 def _collection(leaf: Any) -> str | None:
-    return collection_name(type(leaf)) if isinstance(leaf, nnx.Variable) else None
+    # Faster than NNX's `isinstance`.
+    return collection_name(type(leaf)) if issubclass(type(leaf), nnx.Variable) else None

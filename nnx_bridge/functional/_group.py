@@ -13,14 +13,12 @@ targets hold belongs to the first.
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from flax.core import DenyList
-from flax.core.scope import in_filter
 from flax.errors import TraceContextError
 
 from lifted._errors import Path, dtype_of
@@ -28,7 +26,7 @@ from lifted._group import Filter, register_group
 from lifted._trees import Static, identical
 from nnx_bridge import _flax_private
 from nnx_bridge._variable_types import collection_name
-from nnx_bridge.functional._filters import to_predicate
+from nnx_bridge.functional._filters import to_predicate, visibility
 from nnx_bridge.functional._hidden import without
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.functional._storage import (
@@ -44,7 +42,12 @@ from nnx_bridge.functional._updates import Graph, NNXUpdates, Old
 
 
 class NNXGroup:
-    """NNX modules and Variables; see `lifted._group.Group`."""
+    """NNX modules and Variables; see `lifted._group.Group`.
+
+    Attributes:
+      graphdef: what is static of the targets; hashable.
+      shown: what is in ``variables`` by path, first the number of the target.
+    """
 
     initializing = False
 
@@ -52,7 +55,7 @@ class NNXGroup:
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
         self._are_variables = [isinstance(target, nnx.Variable) for target in targets]
-        self._graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
+        self.graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
             tuple(targets)
         )
         # Asked here, since inside a JAX transform even this question would be an operation.
@@ -62,19 +65,19 @@ class NNXGroup:
         self._leaves = list(self._originals)
         for i in self._elsewhere:
             self._leaves[i] = plain(self._originals[i])
-        visible = _visible(variables, frozen, rngs)
+        visible = visibility(variables, frozen, rngs)
         self._hidden = [
             path
             for path, leaf in zip(self._paths, self._leaves, strict=True)
             if not visible(path[1:], leaf)
         ]
         unseen = {*self._hidden, *_flax_private.captures_of_lists(self._paths)}
-        shown = {
+        self.shown = {
             path: leaf
             for path, leaf in zip(self._paths, self._leaves, strict=True)
             if path not in unseen
         }
-        self.variables = self._by_target(shown)
+        self.variables = self.by_target(self.shown)
 
     def bare(self) -> "NNXGroup":
         """This group without the targets and with shapes in the place of the arrays in `variables`:
@@ -82,23 +85,30 @@ class NNXGroup:
         other = copy.copy(self)
         other._originals, other._indices = [], type(self._indices)()
         other.variables = jax.tree.map(_shape, self.variables)
-        shapes = self._flat(other.variables)
+        other.shown = shapes = self.flat(other.variables)
         other._leaves = [
             shapes.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
         ]
         return other
 
+    def opened(
+        self, variables: list[Any]
+    ) -> contextlib.AbstractContextManager[tuple[list[Any], Callable[[], NNXUpdates]]]:
+        return self.opened_at(self.flat(variables))
+
     @contextlib.contextmanager
-    def opened(self, variables: list[Any]) -> Iterator[tuple[list[Any], Callable[[], NNXUpdates]]]:
-        given = self._flat(variables)
+    def opened_at(
+        self, given: Mapping[Path, Any]
+    ) -> Iterator[tuple[list[Any], Callable[[], NNXUpdates]]]:
+        """`opened` with variables in the form of `shown`."""
         leaves = [
             given.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)
         ]
         # New Variables in new containers: what the call writes in place is not the caller's.
         parts, treedef = jax.tree.flatten(leaves)
         fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
-        copies, nodes, indices = _flax_private.unflatten(self._graphdef, fresh)
-        snapshot = Snapshot(nodes)
+        copies, nodes = _flax_private.unflatten(self.graphdef, fresh)
+        snapshot = Snapshot(nodes.values())
         targets = list(copies)
         with _explained(), contextlib.ExitStack() as hiding:
             hiding.enter_context(without(targets, self._hidden))
@@ -109,14 +119,14 @@ class NNXGroup:
                     check_fits(self._paths[i][1:], self._leaves[i], fresh[i])
                 if snapshot.holds():
                     return NNXUpdates(self._changed(leaves, self._paths, fresh), [], Static(None))
-                return self._regraph(leaves, fresh, copies, indices)
+                return self._regraph(leaves, fresh, copies, nodes)
 
             yield targets, written
 
     def publish(self, updates: NNXUpdates) -> None:
         if updates.graph.value is None:
             originals = dict(zip(self._paths, self._originals, strict=True))
-            changed = [(p, originals[p], v) for p, v in self._flat(updates.changed).items()]
+            changed = [(p, originals[p], v) for p, v in self.flat(updates.changed).items()]
             for path, original, _ in changed:
                 check_writable(path[1:], original)  # All of them, before anything is written.
             for _, original, variable in changed:
@@ -148,14 +158,14 @@ class NNXGroup:
 
     def match(self, variables: list[Any], filter: Filter) -> list[Any]:
         predicate = to_predicate(filter)
-        flat = self._flat(variables)
+        flat = self.flat(variables)
         chosen = {path: bool(predicate(path[1:], leaf)) for path, leaf in flat.items()}
-        return self._by_target({p: _filled(leaf, chosen[p]) for p, leaf in flat.items()})
+        return self.by_target({p: _filled(leaf, chosen[p]) for p, leaf in flat.items()})
 
     def prune(self, tree: list[Any], mask: list[Any]) -> list[Any]:
-        masks = self._flat(mask)
-        kept = {p: x for p, x in self._flat(tree).items() if any(jax.tree.leaves(masks[p]))}
-        return self._by_target(kept)
+        masks = self.flat(mask)
+        kept = {p: x for p, x in self.flat(tree).items() if any(jax.tree.leaves(masks[p]))}
+        return self.by_target(kept)
 
     def extend(self, variables: list[Any], updates: NNXUpdates, filter: Filter) -> None:
         return None
@@ -175,11 +185,11 @@ class NNXGroup:
         return tree
 
     def names(self, variables: list[Any]) -> list[str]:
-        types = {type(x) for x in self._flat(variables).values() if isinstance(x, nnx.Variable)}
+        types = {type(x) for x in self.flat(variables).values() if isinstance(x, nnx.Variable)}
         return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
     def _regraph(
-        self, before: list[Any], fresh: list[Any], copies: Any, indices: Any
+        self, before: list[Any], fresh: list[Any], copies: Any, nodes: _flax_private.Nodes
     ) -> NNXUpdates:
         """The updates where the graph has changed."""
         _, paths, held, _ = _flax_private.flatten(copies)
@@ -197,7 +207,7 @@ class NNXGroup:
         # Variables that are no plain ones, among those that were there and among those made here.
         there = {id(fresh[i]): i for i in self._elsewhere}
         graph = Graph(
-            _flax_private.flatten_copy(copies, indices),
+            _flax_private.flatten_copy(copies, nodes),
             treedef,
             sources,
             paths,
@@ -209,7 +219,7 @@ class NNXGroup:
 
     def _changed(self, before: list[Any], paths: Sequence[Path], after: list[Any]) -> list[Any]:
         old = dict(zip(self._paths, before, strict=True))
-        return self._by_target(
+        return self.by_target(
             {
                 path: leaf
                 for path, leaf in zip(paths, after, strict=True)
@@ -217,7 +227,7 @@ class NNXGroup:
             }
         )
 
-    def _flat(self, by_target: Sequence[Any]) -> dict[Path, Any]:
+    def flat(self, by_target: Sequence[Any]) -> dict[Path, Any]:
         """The leaves of all targets by their paths in the tuple of targets."""
         flat = {}
         for i, tree in enumerate(by_target):
@@ -227,8 +237,8 @@ class NNXGroup:
                 flat[(i,)] = tree
         return flat
 
-    def _by_target(self, flat: Mapping[Path, Any]) -> list[Any]:
-        """The inverse of `_flat`: a state for each module; for a target that is a Variable that
+    def by_target(self, flat: Mapping[Path, Any]) -> list[Any]:
+        """The inverse of `flat`: a state for each module; for a target that is a Variable that
         one, or None."""
         trees: list[Any] = []
         for i, is_variable in enumerate(self._are_variables):
@@ -238,28 +248,6 @@ class NNXGroup:
             else:
                 trees.append(nnx.from_flat_state(of_target) if of_target else nnx.State({}))
         return trees
-
-
-def _visible(variables: Filter, frozen: Filter, rngs: Filter) -> Callable[[Path, Any], bool]:
-    """Whether a leaf is visible: RNG state by the name of its stream, all else by the filters."""
-    of_variables = to_predicate([f for f in (variables, frozen) if f is not False])
-    stream = to_predicate(rngs) if not _names_streams(rngs) else None
-
-    def visible(path: Path, leaf: Any) -> bool:
-        if not isinstance(leaf, nnx.Variable):
-            return True
-        name = _flax_private.rng_stream(leaf)
-        if name is None:
-            return of_variables(path, leaf)
-        return in_filter(rngs, name) if stream is None else stream(path, leaf)
-
-    return visible
-
-
-def _names_streams(rngs: Filter) -> bool:
-    return isinstance(rngs, (bool, str, DenyList)) or (
-        isinstance(rngs, Collection) and all(isinstance(r, str) for r in rngs)
-    )
 
 
 @contextlib.contextmanager
@@ -279,9 +267,9 @@ def _explained() -> Iterator[None]:
 
 def _unchanged(before: Any, after: Any) -> bool:
     """`identical`, without taking Variables apart where that can be avoided."""
-    if type(before) is type(after) and isinstance(before, nnx.Variable):
+    if type(before) is type(after) and issubclass(type(before), nnx.Variable):
         same_value = before.get_raw_value() is after.get_raw_value()
-        if same_value and before.get_metadata() == after.get_metadata():
+        if same_value and _flax_private.same_metadata(before, after):
             return True
     return identical(before, after)
 

@@ -5,7 +5,7 @@ than describing the graph once more.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ _CONTAINERS = (dict, list, tuple)
 class Snapshot:
     """The attributes of the nodes of a graph at one moment."""
 
-    def __init__(self, nodes: Sequence[Any]) -> None:
+    def __init__(self, nodes: Iterable[Any]) -> None:
         self._modules = [
             (node, dict(vars(node)), _containers(node))
             for node in nodes

@@ -20,7 +20,9 @@ def holds_reference(leaf: Any) -> bool:
 
 def is_plain(leaf: Any) -> bool:
     """Whether ``leaf`` itself holds its value."""
-    return not isinstance(leaf, nnx.Variable) or not (leaf.ref or leaf.hijax)
+    # What is a Variable by its type is found out several times faster than by NNX's `isinstance`.
+    is_variable = issubclass(type(leaf), nnx.Variable) or isinstance(leaf, nnx.Variable)
+    return not is_variable or not (leaf.ref or leaf.hijax)
 
 
 def plain(leaf: Any) -> Any:

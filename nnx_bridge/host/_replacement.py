@@ -73,10 +73,10 @@ class Replacement:
         # New Variables: what the call writes in place is not the caller's.
         leaves = jax.tree.map(lambda x: x, self._leaves)
         given = [self._read(scope, *pair) for pair in zip(self._paths, leaves, strict=True)]
-        copy, nodes, _ = _flax_private.unflatten(self._graphdef, leaves)
+        copy, nodes = _flax_private.unflatten(self._graphdef, leaves)
         captured = {id(v) for v in leaves if isinstance(v, nnx.Variable)}
         before = self._record_from(scope, copy)
-        snapshot = Snapshot(nodes)
+        snapshot = Snapshot(nodes.values())
         method = self._method(copy, name, args, kwargs)
         with _current.pushed(linen):
             result = method(*args, **kwargs)

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from lifted._engine import unbound
 from lifted._errors import describe
-from nnx_bridge.transforms._lifting import Form, Key, Lifting, Taken
+from nnx_bridge.transforms._inputs import Inputs, Taken
+from nnx_bridge.transforms._lifting import Form, Key, Lifting
 from nnx_bridge.transforms._plan import Plan
 from nnx_bridge.transforms._targets import check_output, with_targets
 
@@ -55,7 +57,7 @@ def cond(
     Source: https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
     call = _Branches("cond", (true_fun, false_fun), mdl, operands, variables, rngs)
-    return call.publish(jax.lax.cond(pred, *call.branches, *call.operands))
+    return call.run(lambda branches: jax.lax.cond(pred, *branches, *call.operands))
 
 
 def switch(
@@ -94,14 +96,15 @@ def switch(
     Source: https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
     call = _Branches("switch", tuple(branches), mdl, operands, variables, rngs)
-    return call.publish(jax.lax.switch(index, call.branches, *call.operands))
+    return call.run(lambda branches: jax.lax.switch(index, branches, *call.operands))
 
 
 class _Branches:
     """One call.
 
-    Each branch returns all Variables, written or not; JAX takes those out again that no branch has
-    written.
+    What one branch has written, all have to return. Each returns all Variables but parameters,
+    written or not; JAX takes those out again that no branch has written. Parameters are many, and
+    hardly ever written in a branch: where some are, the branches are traced once more.
     """
 
     def __init__(
@@ -117,54 +120,77 @@ class _Branches:
             raise ValueError(f"{name}: branches is empty; pass at least one function.")
         lifted = [with_targets(unbound(name, fn, mdl), mdl, operands) for fn in fns]
         _, mdl, self.operands = lifted[0]
-        self.branches = [
-            functools.partial(self._call, i, fn) for i, (fn, _, _) in enumerate(lifted)
-        ]
+        self._fns = [fn for fn, _, _ in lifted]
         self._lifting = Lifting(Plan.whole(name, variables, rngs), mdl, {})
-        self._inputs = self._lifting.inputs(None)
+        self._inputs = Inputs(self._lifting, None)
+        both = zip(self._lifting.leaves, self._lifting.numbers, strict=True)
+        self._returned: dict[Key, None] = {
+            number: None
+            for (_, leaf), numbers in both
+            if not issubclass(type(leaf), nnx.Param)
+            for number in numbers
+        }
+        self._start()
+
+    def _start(self) -> None:
         self._written: dict[Key, None] = {}
         self._forms: dict[int, tuple[Form, list[Key]]] = {}
         self._left: dict[int, dict[str, Any]] = {}
 
-    def publish(self, result: Any) -> Any:
-        """Writes what the branches have written; returns the result of the one that was called."""
+    def run(self, choose: Callable[[list[Callable[..., Any]]], Any]) -> Any:
+        """Writes what the branches have written; returns the result of the one that was called.
+
+        Args:
+          choose: calls one of the branches that it is given.
+        """
+        result = choose(self._branches())
+        if self._written.keys() - self._returned.keys():
+            self._returned |= self._written
+            self._start()
+            result = choose(self._branches())
         y, parts, extras = result
         form, keys = self._forms[max(self._forms)]
-        kept: dict[Key, Any] = dict(enumerate(parts))
+        kept: dict[Key, Any] = dict(enumerate(self._lifting.parts))
+        kept |= dict(zip(self._returned, parts, strict=True))
         kept |= dict(zip(keys, extras, strict=True))
         updates = self._lifting.updates(form, {}, kept)
         changed = {}
         for path, _ in self._lifting.leaves:
-            _, start, treedef = self._inputs.places[path]
-            numbers = range(start, start + treedef.num_leaves)
+            _, numbers, treedef = self._inputs.places[path]
             if any(number in self._written for number in numbers):
                 changed[path] = treedef.unflatten([kept[number] for number in numbers])
         self._lifting.functional.publish([updates.replaced(changed)])
         return y
 
+    def _branches(self) -> list[Callable[..., Any]]:
+        """New functions, as JAX remembers what it has traced."""
+        return [functools.partial(self._call, i, fn) for i, fn in enumerate(self._fns)]
+
     def _call(self, number: int, fn: Callable[..., Any], *operands: Any) -> Any:
         lifting = self._lifting
         step = self._inputs.step({}, ())
         try:
-            y, updates = lifting.functional(step.variables, fn, *operands)
+            with step.opened() as (mdl, take):
+                y = fn(mdl, *operands)
+                taken = take()
         except AttributeError as error:
             raise lifting.explain(error) from error
         check_output(lifting.plan.name, y)
-        taken = step.take(updates)
-        parts = [taken.kept.pop(i, part) for i, part in enumerate(lifting.parts)]
-        self._written |= {i: None for i, part in enumerate(parts) if part is not lifting.parts[i]}
+        found = {key: taken.kept.pop(key) for key in list(taken.kept) if isinstance(key, int)}
+        self._written |= {i: None for i, part in found.items() if part is not lifting.parts[i]}
+        parts = [found.get(i, lifting.parts[i]) for i in self._returned]
         self._forms[number] = taken.form, list(taken.kept)
-        self._check_alike(number, taken, updates[0].graph.value is not None)
+        self._check_alike(number, taken)
         return y, parts, list(taken.kept.values())
 
-    def _check_alike(self, number: int, taken: Taken, regraphed: bool) -> None:
+    def _check_alike(self, number: int, taken: Taken) -> None:
         """Checks that a branch leaves the module with the structure that the others do.
 
         Raises:
           ValueError: it does not.
         """
         left = {key[0]: describe(x) for key, x in taken.kept.items() if isinstance(key, tuple)}
-        if regraphed:
+        if taken.form.regraphed:
             left["its attributes"] = "changed"
         first = self._left.setdefault(min(self._left, default=number), left)
         for path in sorted(first.keys() | left.keys(), reverse=True):

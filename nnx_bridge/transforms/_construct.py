@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from lifted._errors import path_text
+from nnx_bridge.transforms._arguments import agreed
 from nnx_bridge.transforms._lifting import Lifting
 from nnx_bridge.transforms._mapped import Mapped
 from nnx_bridge.transforms._plan import Plan
@@ -45,6 +46,7 @@ def vmapped_init(
             _init_once(plan, argument, lambda mdl: inner(mdl, *given), mdl)
             return
         lifting = Lifting(plan, mdl, metadata_params)
+        agreed(plan.name, argument, size, lifting.sizes())  # Of modules that were given.
         of_size = {"axis_size": size, **options}
         call = Mapped(lifting, lambda mdl: inner(mdl, *given), (), 0, None, of_size)
         with call.explained():

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from lifted import Functional
+from nnx_bridge.functional import NNXGroup
 from nnx_bridge.transforms._targets import check_output, functionalized, lift_target, with_targets
 
 
@@ -96,7 +96,7 @@ def _jitted(
         donate_argnums=tuple(number + 1 for number in _many(donate_argnums) if number > 0),
         **placed,
     )
-    def program(graphdef: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def program(static: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         functional, inner = current.calls[-1]
         with functional.opened(variables) as (mdl, written):
             y = inner(mdl, *args, **kwargs)
@@ -110,13 +110,19 @@ def _jitted(
         functional = functionalized("jit", mdl, variables=variables, rngs=rngs)
         current.calls.append((functional, inner))
         try:
-            y, updates = program(nnx.graphdef(mdl), functional.variables, *args, **kwargs)
+            y, updates = program(_static_of(functional), functional.variables, *args, **kwargs)
         finally:
             current.calls.pop()
         functional.publish(updates)
         return y
 
     return jitted
+
+
+def _static_of(functional: Functional) -> Any:
+    (group,) = functional.groups
+    assert isinstance(group, NNXGroup)
+    return functional.structure, group.graphdef
 
 
 def _many(given: Any) -> tuple[Any, ...]:

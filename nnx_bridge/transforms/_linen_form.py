@@ -11,7 +11,6 @@ import jax
 from flax import nnx
 from flax.core import meta
 
-from lifted import Functional
 from lifted._errors import Path, path_text, suggestion
 from lifted._nested import flat
 from nnx_bridge import _flax_private
@@ -79,21 +78,17 @@ def _replaced(state: Any, new: Mapping[Any, tuple[nnx.Variable[Any], Any]]) -> A
     return nnx.from_flat_state(list(leaves.items()))
 
 
-def data_transformed(
-    functional: Functional, plan: Plan, variables: Any, transform: Callable[..., Any]
-) -> Any:
-    """The variables of one step of a loop as ``transform`` makes them.
+def data_transformed(plan: Plan, transform: Callable[..., Any], states: list[Any]) -> list[Any]:
+    """The variables of the targets in one step of a loop as ``transform`` makes them.
 
     Args:
-      functional: of the targets.
       plan: which groups there are.
-      variables: of the functional.
       transform: ``(variable_groups, rng_groups) -> (variable_groups, rng_groups)``.
+      states: of the targets.
 
     Raises:
       ValueError: it returns other Variables than it was given.
     """
-    (states,) = functional.structure.split(variables)
     groups = [
         [selected(state, functools.partial(_follows, plan, rule)) for state in states]
         for rule in plan.rules
@@ -118,7 +113,7 @@ def data_transformed(
             _replaced(state, {path: (leaf, keys[name]) for name, (path, leaf) in of.items()})
             for state, of, keys in zip(states, keys_of, new, strict=True)
         ]
-    return functional.structure.join([states])
+    return states
 
 
 def _follows(plan: Plan, rule: Rule, path: Path, leaf: Any) -> bool:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax.core import broadcast
 
 from nnx_bridge.transforms._arguments import axes_of
+from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._invariants import varying_outputs
-from nnx_bridge.transforms._lifting import Form, Inputs, Key, Lifting
+from nnx_bridge.transforms._lifting import Form, Key, Lifting
 from nnx_bridge.transforms._linen_form import data_transformed
 from nnx_bridge.transforms._targets import check_output
 
@@ -39,8 +40,12 @@ class Loop:
         data_transform: Callable[..., Any] | None,
     ) -> None:
         self._lifting, self._fn, self._out_axes = lifting, fn, out_axes
-        self._data_transform, self._carry = data_transform, carry
-        self._inputs: Inputs = lifting.inputs(size)
+        self._carry = carry
+        # What is done to the variables of each step on their way in.
+        self._change = data_transform and functools.partial(
+            data_transformed, lifting.plan, data_transform
+        )
+        self._inputs = Inputs(lifting, size)
         self._along = list(self._inputs.axes)
         self._xs, treedef = jax.tree.flatten(xs)
         self._xs_treedef: Any = treedef
@@ -124,11 +129,6 @@ class Loop:
         carry, carried, _ = state
         of_args, slices = xs
         step = self._inputs.step(dict(zip(self._along, slices, strict=True)), carried)
-        variables = step.variables
-        if self._data_transform is not None:
-            variables = data_transformed(
-                self._lifting.functional, self._lifting.plan, variables, self._data_transform
-            )
         each = iter(of_args)
         args = self._xs_treedef.unflatten(
             [
@@ -136,9 +136,9 @@ class Loop:
                 for x, axis in zip(self._xs, self._xs_axes, strict=True)
             ]
         )
-        with self._lifting.functional.opened(variables) as (mdl, written):
+        with step.opened(self._change) as (mdl, take):
             y = self._fn(mdl, carry, *args)
-            taken = step.take(written())
+            taken = take()
         check_output("scan", y)
         if not isinstance(y, (tuple, list)) or len(y) != 2:
             raise TypeError(

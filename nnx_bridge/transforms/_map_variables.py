@@ -11,7 +11,6 @@ from flax import nnx
 from lifted._errors import Path, key_of, path_text
 from nnx_bridge._collections import to_variables
 from nnx_bridge.functional import NNXUpdates, Old, Predicate, Written, to_predicate
-from nnx_bridge.transforms._lifting import is_variable
 from nnx_bridge.transforms._linen_form import is_mapped, selected, with_values
 from nnx_bridge.transforms._metadata import axis_added, axis_removed
 from nnx_bridge.transforms._plan import rules_of_axes
@@ -239,7 +238,7 @@ def _with_axis(
         variables = jax.tree_util.tree_map_with_path(
             lambda path, leaf: changed(axis_removed, tuple(map(key_of, path)), leaf),
             functional.variables,
-            is_leaf=is_variable,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
         y, updates = functional(variables, inner, *args, **kwargs)
         check_output(name, y)

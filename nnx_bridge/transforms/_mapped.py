@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._lifting import Form, Key, Lifting
 from nnx_bridge.transforms._targets import check_output
 
@@ -29,7 +30,7 @@ class Mapped:
         options: Mapping[str, Any],
     ) -> None:
         self._lifting, self._fn = lifting, fn
-        self._of_variables = lifting.inputs(options["axis_size"])
+        self._of_variables = Inputs(lifting, options["axis_size"])
         self._along = list(self._of_variables.axes)
         slices: list[Any] = list(self._of_variables.axes.values())
         axes_in = list(self._along)
@@ -48,9 +49,9 @@ class Mapped:
     def step(self, slices: list[Any], args: tuple[Any, ...]) -> Any:
         """The call for one index: its result, what is written along each axis, and what else."""
         step = self._of_variables.step(dict(zip(self._along, slices, strict=False)), ())
-        with self._lifting.functional.opened(step.variables) as (mdl, written):
+        with step.opened() as (mdl, take):
             y = self._fn(mdl, *args)
-            taken = step.take(written())
+            taken = take()
         check_output("vmap", y)
         self._forms.append(taken.form)
         self._keys[:] = taken.kept

@@ -58,10 +58,11 @@ def axis_removed(name: str, path: Path, leaf: Any, axis: int, params: Params) ->
 
 
 def _has_names(leaf: Any) -> bool:
-    if not isinstance(leaf, nnx.Variable):
+    if not issubclass(type(leaf), nnx.Variable):
         return False
-    metadata = leaf.get_metadata()
-    return metadata.get("out_sharding") is not None or BOX in metadata
+    # Asked first, as NNX copies all metadata to give out one.
+    named = leaf.has_metadata("out_sharding") and leaf.get_metadata("out_sharding") is not None
+    return named or leaf.has_metadata(BOX)
 
 
 def _copy(leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:

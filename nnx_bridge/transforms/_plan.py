@@ -145,13 +145,17 @@ class Plan:
         rules = map(made, self.rules)
         return dataclasses.replace(self, rules=tuple(rules))
 
+    @property
+    def _rules_used(self) -> list[Rule]:
+        return [rule for rule in self.rules if rule.filter is not False]
+
     @functools.cached_property
     def _rules_in(self) -> list[Rule]:
-        return [rule for rule in self.rules if rule.into is not Kept.NOWHERE]
+        return [rule for rule in self._rules_used if rule.into is not Kept.NOWHERE]
 
     @functools.cached_property
     def _rules_out(self) -> list[Rule]:
-        return [rule for rule in self.rules if rule.out is not Kept.NOWHERE]
+        return [rule for rule in self._rules_used if rule.out is not Kept.NOWHERE]
 
     @property
     def has_axes(self) -> bool:
@@ -166,9 +170,10 @@ class Plan:
 
     def into(self, path: Path, leaf: Any) -> Where:
         """How a leaf of a target comes into the lifted function."""
-        if not isinstance(leaf, nnx.Variable):
+        kind = type(leaf)  # What NNX's `isinstance` says takes it several times longer.
+        if not issubclass(kind, nnx.Variable):
             return Kept.BROADCAST  # A bare array, which no filter names.
-        if issubclass(type(leaf), nnx.RngState):  # Faster than NNX's `isinstance`.
+        if issubclass(kind, nnx.RngState):
             return self._into_stream(path, leaf)
         rule = self.rule_into(path, leaf)
         if rule is None and _flax_private.is_captured(path):

@@ -1,7 +1,6 @@
 """`remat`, which is `checkpoint`, and `remat_scan`: less memory for backward passes."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -136,8 +135,11 @@ def remat_scan(
 
     Source: https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
-    if not lengths or math.prod(lengths) < 0:
-        raise ValueError(f"remat_scan: lengths: expected the length of each loop, got {lengths!r}.")
+    if isinstance(lengths, int) or not lengths or min(lengths) < 0:
+        raise ValueError(
+            "remat_scan: lengths: expected the length of each loop, such as (3, 4) for 12 steps, "
+            f"got {lengths!r}."
+        )
     options = {
         "lengths": tuple(lengths),
         "policy": policy,

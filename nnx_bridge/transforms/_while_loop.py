@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lifted._engine import unbound
+from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._lifting import Form, Lifting
 from nnx_bridge.transforms._plan import Kept, Plan, Rule
 from nnx_bridge.transforms._targets import check_output
@@ -73,7 +74,7 @@ def while_loop(
         ),
     ]
     lifting = Lifting(Plan.make("while_loop", rules, split_rngs), mdl, {})
-    inputs = lifting.inputs(None)
+    inputs = Inputs(lifting, None)
     keys = inputs.axes.get(0, [])
     forms: list[Form] = []
 
@@ -84,8 +85,9 @@ def while_loop(
 
     def goes_on(state: Any) -> Any:
         of_step = step(state, -1)
-        result, updates = lifting.functional(of_step.variables, cond_fn, state[1])
-        taken = of_step.take(updates)
+        with of_step.opened() as (mdl, take):
+            result = cond_fn(mdl, state[1])
+            taken = take()
         for leaf in taken.form.leaves if set(taken.kept) - set(inputs.counts) else ():
             raise ValueError(
                 f"while_loop: cond_fn writes {'/'.join(map(str, leaf.path))}; write it in body_fn."
@@ -95,9 +97,10 @@ def while_loop(
     def body(state: Any) -> Any:
         number, carry, carried, _ = state
         of_step = step(state, 1)
-        carry, updates = lifting.functional(of_step.variables, body_fn, carry)
+        with of_step.opened() as (mdl, take):
+            carry = body_fn(mdl, carry)
+            taken = take()
         check_output("while_loop", carry)
-        taken = of_step.take(updates)
         kept = taken.kept
         after = [kept.pop(key, x) for key, x in zip(inputs.carried, carried, strict=True)]
         counts = [kept.pop(key, lifting.parts[key]) for key in inputs.counts]

@@ -100,13 +100,13 @@ FAULTS = [
     Fault(
         "changed metadata is not written",
         _GROUP,
-        "if same_value and before.get_metadata() == after.get_metadata():",
+        "if same_value and _flax_private.same_metadata(before, after):",
         "if same_value:",
         f"{_WRITES} -k metadata",
     ),
     Fault(
         "the streams of RNG state are not filtered by name",
-        _GROUP,
+        "nnx_bridge/functional/_filters.py",
         "return in_filter(rngs, name) if stream is None else stream(path, leaf)",
         "return bool(rngs)",
         f"{_FILTERED}",

@@ -46,34 +46,48 @@ def test_flatten_takes_bare_arrays_and_cycles() -> None:
 def test_unflatten_uses_the_given_variables_in_new_modules() -> None:
     mdl = models.make(models.Cyclic)
     graphdef, _, leaves, _ = _flax_private.flatten(mdl)
-    copy, nodes, _ = _flax_private.unflatten(graphdef, leaves)
+    copy, nodes = _flax_private.unflatten(graphdef, leaves)
     assert copy.child.kernel is mdl.child.kernel
     assert copy.child is not mdl.child
     assert copy.child.parent is copy
-    assert {id(copy), id(copy.child)} <= {id(node) for node in nodes}
+    assert {id(copy), id(copy.child)} <= set(map(id, nodes.values()))
 
 
 def test_the_nodes_of_unflatten_include_lists_and_dicts_of_nnx() -> None:
     graphdef, _, leaves, _ = _flax_private.flatten(models.make(models.Containers))
-    copy, nodes, _ = _flax_private.unflatten(graphdef, leaves)
-    assert {id(copy.items), id(copy.named), id(copy.chain)} <= {id(node) for node in nodes}
+    copy, nodes = _flax_private.unflatten(graphdef, leaves)
+    assert {id(copy.items), id(copy.named), id(copy.chain)} <= set(map(id, nodes.values()))
 
 
 def test_a_changed_copy_brings_the_original_to_its_state() -> None:
     mdl = models.make(models.MLP)
     first, second, kernel = mdl.first, mdl.second, mdl.second.kernel
     graphdef, _, leaves, indices = _flax_private.flatten(mdl)
-    copy, _, copied = _flax_private.unflatten(graphdef, jax.tree.map(lambda x: x, leaves))
+    copy, nodes = _flax_private.unflatten(graphdef, jax.tree.map(lambda x: x, leaves))
     copy.first, copy.second = copy.second, copy.first
     copy.first.extra = nnx.Param(jnp.ones(3))
     copy.calls = 1
     del copy.second.bias
     _, _, after, _ = _flax_private.flatten(copy)
-    _flax_private.update_graph(_flax_private.flatten_copy(copy, copied), after, indices, [])
+    _flax_private.update_graph(_flax_private.flatten_copy(copy, nodes), after, indices, [])
     assert (mdl.first, mdl.second, mdl.calls) == (second, first, 1)
     assert mdl.first.kernel is kernel
     assert mdl.first.extra is copy.first.extra  # The leaves themselves are used.
     assert not hasattr(mdl.second, "bias")
+
+
+def test_the_definition_of_a_graph_is_hashable_and_equal_for_equal_graphs() -> None:
+    first, second = (_flax_private.flatten(models.make(models.MLP))[0] for _ in range(2))
+    assert (first, hash(first)) == (second, hash(second))
+    assert first != _flax_private.flatten(models.make(models.Norm))[0]
+
+
+def test_metadata_are_compared_as_nnx_gives_them_out() -> None:
+    a, b, c = (nnx.Param(jnp.ones(2), unit=unit) for unit in ("m", "m", "s"))
+    for other in (b, c):
+        same = a.get_metadata() == other.get_metadata()
+        assert _flax_private.same_metadata(a, other) == same
+    assert not _flax_private.same_metadata(a, c)
 
 
 def test_attributes_leave_out_the_books_of_nnx() -> None:

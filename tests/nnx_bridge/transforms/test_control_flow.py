@@ -210,3 +210,17 @@ def test_a_condition_that_writes() -> None:
         nn.while_loop(
             goes_on, lambda m, x: x, NNXBlock(nnx.Rngs(0)), X, carry_variables="batch_stats"
         )
+
+
+@pytest.mark.parametrize("pred", [True, False])
+def test_a_branch_that_writes_a_parameter(pred: bool) -> None:
+    def decay(mdl: Any, x: jax.Array) -> jax.Array:
+        mdl.dense.kernel[...] *= 0.5
+        return mdl(x)[0]
+
+    mdl = NNXBlock(nnx.Rngs(0))
+    plain = nnx.clone(mdl)
+    wanted = decay(plain, X) if pred else X
+    y = nn.cond(pred, decay, lambda mdl, x: x, mdl, X)
+    assert_trees_close(y, wanted)
+    assert_trees_close(nnx.state(mdl), nnx.state(plain))

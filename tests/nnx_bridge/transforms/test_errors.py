@@ -32,6 +32,26 @@ def test_a_collection_that_is_named_twice() -> None:
         nn.scan(step, variable_axes=BOTH, variable_broadcast="params")(stacked(), X)
 
 
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        (nn.vmap(step, {"params": 0, ("params", "other"): 1}), r"variable_axes=\{'params': 0\}"),
+        (
+            nn.scan(step, {"batch_stats": 0}, "params", "batch_stats"),
+            "variable_carry='batch_stats'",
+        ),
+        (
+            lambda mdl, x: nn.while_loop(step, step, mdl, x, "params", ["params", "batch_stats"]),
+            "carry_variables='params'",
+        ),
+    ],
+    ids=["vmap", "scan", "while_loop"],
+)
+def test_filters_that_conflict(run: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"is named by {named} and by .*Name it once"):
+        run(stacked(), X)
+
+
 def test_the_rest_may_overlap() -> None:
     mdl = stacked(3)
     nnx.update(mdl, {"mean": nnx.BatchStat(jnp.zeros(3))})
@@ -78,6 +98,25 @@ def test_sizes_that_disagree() -> None:
         nn.scan(step, variable_axes=BOTH, length=2)(stacked(3), X)
     with pytest.raises(ValueError, match=r"argument\[0\] has 4, dense/bias has 3"):
         nn.vmap(step, variable_axes=BOTH)(stacked(3), X)
+
+
+def test_a_module_without_the_axis_that_is_given_to_a_class() -> None:
+    class Wrapping(nnx.Module):
+        def __init__(self, inner: nnx.Linear, rngs: nnx.Rngs) -> None:
+            self.inner, self.own = inner, nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> Any:
+            return self.own(self.inner(x)), None
+
+    lifted_class = nn.scan(Wrapping, {"params": 0}, split_rngs=SPLIT, length=2)
+    with pytest.raises(ValueError, match=r"scan: sizes.*length has 2, bias has 3"):
+        lifted_class(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("lengths", [3, (), (2, -1)])
+def test_lengths_that_are_none(lengths: Any) -> None:
+    with pytest.raises(ValueError, match=r"remat_scan: lengths: expected .* such as \(3, 4\)"):
+        nn.remat_scan(nnx.Linear, lengths=lengths)
 
 
 def test_no_size() -> None:

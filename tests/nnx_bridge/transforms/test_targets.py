@@ -287,6 +287,36 @@ def test_derivatives_of_scanned_layers(transform: str) -> None:
     assert_trees_equal(mdl.drop.rngs.count[...], jnp.array([1, 1], jnp.uint32))
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_loops_of_no_step_and_of_one(length: int) -> None:
+    axes = {"params": 0, "batch_stats": 0}
+    mdl = nn.scan(NNXBlock, axes, split_rngs={"params": True}, length=length)(nnx.Rngs(0))
+    assert mdl.dense.kernel.shape == (length, 3, 3)
+    plain = nnx.clone(mdl)
+    x, sums = mdl(X)
+    if length == 0:
+        assert_trees_equal(x, X)
+        assert_trees_equal(nnx.state(mdl), nnx.state(plain))
+    else:
+        one = NNXBlock(nnx.Rngs(0))
+        nnx.update(one, jax.tree.map(lambda x: x[0], nnx.state(plain, nnx.Not(nnx.RngState))))
+        assert_trees_close(x, one(X)[0])
+    assert sums.shape == (length,)
+
+
+def test_stacked_layers_of_a_host() -> None:
+    axes = {"params": 0, "batch_stats": 0, "intermediates": 0}
+    module = linen.scan(LinenBlock, axes, split_rngs={"params": True}, length=3)()
+    variables = module.init(jax.random.key(0), X)
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    hosted = nn.Host(LinenBlock(), variables)
+    wanted, updates = module.apply(variables, X, mutable=["batch_stats", "intermediates"])
+    y, recorded = nn.capture(nn.scan(call, axes), nnx.Intermediate)(hosted, X)
+    assert_trees_close(y, wanted)
+    assert_trees_close(collections(hosted)["batch_stats"], updates["batch_stats"])
+    assert_trees_close(nn.to_variables(recorded)["intermediates"], updates["intermediates"])
+
+
 class Memory(nnx.Module):
     def __init__(self) -> None:
         self.now = nnx.BatchStat(jnp.array(0.0))
