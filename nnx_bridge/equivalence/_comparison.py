@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnx_bridge.equivalence._correspondence import Correspondence
+from nnx_bridge.equivalence._calls import PARTS
+from nnx_bridge.equivalence._case import CaseError
+from nnx_bridge.equivalence._correspondence import Correspondence, Paths
 from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results, steps, wide
-from nnx_bridge.equivalence._parting import pairs
+from nnx_bridge.equivalence._parting import pairs, path_of, sown_pairs
 from nnx_bridge.equivalence._problem import Data, Problem, failure, first_line, perturbed
 from nnx_bridge.equivalence._recording import named
 from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays, raised
@@ -22,6 +25,8 @@ from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays,
 # What serves to find the place of a fault, and is no result of its own.
 UNREPORTED = ("layer input", "layer input gradient", "output with gradient")
 _LAYERS = ("layer input", "layer output", "layer input gradient", "layer output gradient")
+
+SOWN = PARTS["sown"]
 
 # How often the reference runs with its data moved by roundings.
 _SAMPLES = 2
@@ -43,6 +48,7 @@ class Comparison:
       skipped: What the reference itself cannot do.
       names: The calls of the model by those of the reference that they stand for.
       certain: The calls of the reference whose partner has the same path.
+      sown: What the model sows by what the reference sows under the same path and name.
     """
 
     problem: Problem
@@ -56,6 +62,7 @@ class Comparison:
     skipped: list[str] = dataclasses.field(default_factory=list)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     certain: set[str] = dataclasses.field(default_factory=set)
+    sown: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def exact(self) -> Any:
@@ -76,6 +83,7 @@ class Comparison:
                     raise failure(f"the {stage} of {name}", error) from error
                 self.skipped.append(skipped(stage, error))
                 continue
+            self._check_names()
             trained = "gradient" if stage == "gradient" else trained
             noise = self._noise(stage, expected, data, seed)
             self._progress(stage, "model", seed)
@@ -90,6 +98,7 @@ class Comparison:
             if not self.names:
                 calls = self.reference.calls, self.model.calls
                 self.names, self.certain = pairs(*calls, self.correspondence)
+                self._pair_sown()
             for what, arrays in expected.items():
                 if what != AFTER:
                     rows += self._rows(what, found.get(what, {}), arrays, noise[what], seed)
@@ -98,7 +107,26 @@ class Comparison:
                 return rows
         return rows + list(self._steps(trained, data, seed))
 
+    def _check_names(self) -> None:
+        if isinstance(self.correspondence, Paths):
+            unused = list(self.correspondence.unused(map(path_of, self.reference.calls)))
+            if unused:
+                raise CaseError(f"{self.problem.case.name}: {'; '.join(unused)}")
+
+    def _pair_sown(self) -> None:
+        """Pairs what is sown. A rewrite need not sow what nobody reads; but it is said."""
+        self.sown = sown_pairs(self.reference.sown, self.model.sown, self.correspondence)
+        paired = set(self.sown.values())
+        alone = {re.sub(r" \(.*", "", name) for name in self.reference.sown if name not in paired}
+        if alone:
+            names = ", ".join(sorted(alone))
+            self.skipped.append(f"sown values that the model does not sow: {names}")
+
     def _rows(self, what: str, found: Any, expected: Any, noise: Noise, seed: int) -> Iterator[Row]:
+        if what == SOWN:
+            found = named(found, self.sown)
+            expected = {key: x for key, x in expected.items() if key in found}
+            found = {key: found[key] for key in expected}
         if what in _LAYERS:
             found = named(found, self.names)
             order = {name: i for i, name in enumerate(self.reference.calls)}
@@ -213,7 +241,7 @@ def _unlike(row: Row) -> bool:
 
 def _alike(found: Any, expected: Any) -> Any:
     """An input of a layer as its partner gets it: a mask may come unbroadcast, and as integers."""
-    if isinstance(found, jax.Array) and np.shape(found) != np.shape(expected):
+    if hasattr(found, "shape") and np.shape(found) != np.shape(expected):
         try:
             found = np.broadcast_to(np.asarray(found), np.shape(expected))
         except ValueError:

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-# Programs that are called only for what is in them.
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-_CHECKPOINTS = ("checkpoint", "remat", "remat2")
+from nnx_bridge.equivalence._tags import inlined, programs
+
 # Where the dtype itself is the meaning.
 _AS_WRITTEN = ("bitcast_convert_type", "nextafter")
 
@@ -91,9 +90,9 @@ def _run(closed: Any, arguments: Sequence[Any]) -> list[Any]:
 
 def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
     primitive, params = equation.primitive, equation.params
-    inlined = _inlined(equation)
-    if inlined is not None:
-        return _run(inlined, arguments)
+    program = inlined(equation)
+    if program is not None:
+        return _run(program, arguments)
     if primitive.name == "reduce_precision":
         return arguments
     if primitive.name in _AS_WRITTEN:
@@ -107,16 +106,6 @@ def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
             params["precision"] = None
     results = primitive.bind(*arguments, **params)
     return [promote(x) for x in (results if primitive.multiple_results else [results])]
-
-
-def _inlined(equation: Any) -> Any:
-    """The program that the equation does nothing but call; None for other equations."""
-    name, params = equation.primitive.name, equation.params
-    if name in _CHECKPOINTS:
-        return core.ClosedJaxpr(params["jaxpr"], ())
-    if name in _INLINED:
-        return next(p for p in params.values() if isinstance(p, core.ClosedJaxpr))
-    return None
 
 
 def _promoted(value: Any) -> Any:
@@ -150,31 +139,19 @@ def _precisions(closed: Any, arguments: Sequence[float]) -> list[float]:
 
     for equation in jaxpr.eqns:
         before = [read(atom) for atom in equation.invars]
-        inlined = _inlined(equation)
-        if inlined is not None:
-            results = _precisions(inlined, before)
+        program = inlined(equation)
+        if program is not None:
+            results = _precisions(program, before)
         else:
-            inside = max(map(_coarsest, _programs(equation.params)), default=0.0)
+            inside = max(map(_coarsest, programs(equation.params)), default=0.0)
             worst = max([*before, inside], default=0.0)
             results = [max(worst, _eps(v.aval.dtype)) for v in equation.outvars]
         known.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _programs(value: Any) -> list[Any]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if type(value) in (tuple, list):
-        return [program for item in value for program in _programs(item)]
-    return []
-
-
 def _coarsest(jaxpr: Any) -> float:
     """The largest machine epsilon in a program, at whatever depth."""
-    inner = [program for e in jaxpr.eqns for program in _programs(e.params)]
+    inner = [program for e in jaxpr.eqns for program in programs(e.params)]
     own = [_eps(v.aval.dtype) for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "dtype")]
     return max([*own, *map(_coarsest, inner)], default=0.0)
