@@ -29,7 +29,7 @@ _LAYERS = ("layer input", "layer output", "layer input gradient", "layer output 
 SOWN = PARTS["sown"]
 
 # How often the reference runs with its data moved by roundings.
-_SAMPLES = 2
+SAMPLES = 2
 
 
 @dataclasses.dataclass
@@ -69,12 +69,17 @@ class Comparison:
         """The reference in float64."""
         return self.reference.exact(self.problem.data)
 
+    @functools.cached_property
+    def widened(self) -> Any:
+        """The model in float64."""
+        return self.model.exact(self.problem.data)
+
     def rows(self, data: Data, seed: int) -> list[Row]:
         """The rows for one seed."""
         rows: list[Row] = []
         trained = "call"
         for stage in STAGES:
-            self._progress(stage, "reference", seed)
+            self.tell(stage, "reference", seed)
             try:
                 expected = self.reference(stage, data)
             except Exception as error:
@@ -86,7 +91,7 @@ class Comparison:
             self._check_names()
             trained = "gradient" if stage == "gradient" else trained
             noise = self._noise(stage, expected, data, seed)
-            self._progress(stage, "model", seed)
+            self.tell(stage, "model", seed)
             try:
                 found = self.model(stage, data)
             except Exception as error:
@@ -101,7 +106,8 @@ class Comparison:
                 self._pair_sown()
             for what, arrays in expected.items():
                 if what != AFTER:
-                    rows += self._rows(what, found.get(what, {}), arrays, noise[what], seed)
+                    theirs = self.in_reference(what, found.get(what, {}))
+                    rows += self.rows_of(what, theirs, arrays, noise[what], seed)
             if any(_unlike(row) for row in rows if row.what == "output"):
                 # A random combination of outputs needs outputs of the same shapes.
                 return rows
@@ -122,13 +128,20 @@ class Comparison:
             names = ", ".join(sorted(alone))
             self.skipped.append(f"sown values that the model does not sow: {names}")
 
-    def _rows(self, what: str, found: Any, expected: Any, noise: Noise, seed: int) -> Iterator[Row]:
+    def in_reference(self, what: str, arrays: Results) -> Results:
+        """What the model gave, by the names of calls in the reference; without those it has not."""
         if what == SOWN:
-            found = named(found, self.sown)
+            return named(arrays, self.sown)
+        return named(arrays, self.names) if what in _LAYERS else arrays
+
+    def rows_of(
+        self, what: str, found: Any, expected: Any, noise: Noise, seed: int
+    ) -> Iterator[Row]:
+        """Rows for arrays of one kind, of which those of the model have the reference's names."""
+        if what == SOWN:
             expected = {key: x for key, x in expected.items() if key in found}
             found = {key: found[key] for key in expected}
         if what in _LAYERS:
-            found = named(found, self.names)
             order = {name: i for i, name in enumerate(self.reference.calls)}
             paired = set(self.names.values())
             keys = sorted(
@@ -154,7 +167,7 @@ class Comparison:
         return row.what not in _LAYERS or row.path.partition(" [")[0] in self.certain
 
     def _noise(self, stage: str, expected: Results, data: Data, seed: int) -> dict[str, Noise]:
-        self._progress(stage, "reference in float64", seed)
+        self.tell(stage, "reference in float64", seed)
         exact, precision = self._exact(stage, data)
         samples = {
             level: [self.reference(stage, moved) for moved in _moved(data, level)]
@@ -184,7 +197,7 @@ class Comparison:
         number = self.steps
         if number < 2:
             return
-        self._progress(f"{number} steps", "all", seed)
+        self.tell(f"{number} steps", "all", seed)
 
         def run(program: Program, first: Data) -> list[Results]:
             optimizer = self.optimizer
@@ -205,9 +218,10 @@ class Comparison:
                 eps = precision.get(_STEP_OF[what.partition(",")[0]], {})
                 moved = {level: [r[i][what] for r in runs] for level, runs in samples.items()}
                 noise = Noise(exact[i].get(what, {}), moved, eps)
-                yield from self._rows(what, found[i].get(what, {}), arrays, noise, seed)
+                yield from self.rows_of(what, found[i].get(what, {}), arrays, noise, seed)
 
-    def _progress(self, stage: str, program: str, seed: int) -> None:
+    def tell(self, stage: str, program: str, seed: int) -> None:
+        """Says what begins."""
         self.progress(f"{self.route}, seed {seed}, {stage}: {program}")
 
 
@@ -218,7 +232,7 @@ def _levels(precision: Results) -> set[float]:
 
 
 def _moved(data: Data, level: float) -> Iterator[Data]:
-    return (perturbed(data, seed, level) for seed in range(_SAMPLES))
+    return (perturbed(data, seed, level) for seed in range(SAMPLES))
 
 
 # Whose precision the results of a step have.

@@ -7,7 +7,7 @@ are; the words are those of the rows of a report.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import jax
@@ -186,8 +186,17 @@ class _ExactProgram:
     def __call__(self, stage: str, data: Data) -> Results:
         if stage not in self._exact:
             self._exact[stage] = Exact(getattr(self._raw, stage), self._data)
-            self.precisions[stage] = self._raw.split(self._exact[stage].precision)
-        return self._raw.split(self._exact[stage](data))
+        results = self._raw.split(self._exact[stage](data))
+        self.precisions[stage] = self._raw.split(self._exact[stage].precision)
+        return results
+
+    def rounded(self, stage: str) -> frozenset[Any]:
+        """The constants in a stage that has run which may have been rounded; see `Exact`."""
+        return self._exact[stage].rounded
+
+    def moved(self, stage: str, data: Data, constants: Set[Any], seed: int) -> Results:
+        """A stage that has run, with some of these constants moved by half a rounding."""
+        return self._raw.split(self._exact[stage].moved(data, constants, seed))
 
 
 def steps(
