@@ -114,22 +114,27 @@ def _evaluate(
     program = inlined(equation)
     if program is not None:
         return _run(program, arguments, found, places)
-    if primitive.name == "scan" and _has_tags(params["jaxpr"].jaxpr):
-        return _scan(params, arguments, found, next(places))
+    if primitive.name == "scan" and any(map(_has_tags, programs(params))):
+        return _scan(equation, arguments, found, next(places))
     results = primitive.bind(*arguments, **params)
     return results if primitive.multiple_results else [results]
 
 
-def _scan(params: Any, arguments: list[Any], found: list[Tagged], place: int) -> Sequence[Any]:
+def _scan(equation: Any, arguments: list[Any], found: list[Tagged], place: int) -> Sequence[Any]:
     """The results of a scan that gives the tagged values of each step as well."""
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
+    params, body = equation.params, equation.params["jaxpr"]
+    if not isinstance(body, core.ClosedJaxpr):
+        body = core.ClosedJaxpr(body, getattr(body, "consts", ()))
+    # How its parameters say this depends on the version of JAX.
+    n_carry = sum(map(_is_alike, equation.outvars, body.jaxpr.outvars))
+    n_consts = sum(map(_is_alike, equation.invars, body.jaxpr.invars)) - n_carry
     consts, carry = arguments[:n_consts], arguments[n_consts : n_consts + n_carry]
     inside: list[Tagged] = []
 
     def step(carry: Any, x: Any) -> Any:
         # JAX may trace it more than once.
         inside.clear()
-        results = _run(params["jaxpr"], [*consts, *carry, *x], inside, itertools.count())
+        results = _run(body, [*consts, *carry, *x], inside, itertools.count())
         return results[:n_carry], (results[n_carry:], [each.value for each in inside])
 
     carry, (ys, values) = jax.lax.scan(
@@ -144,6 +149,11 @@ def _scan(params: Any, arguments: list[Any], found: list[Tagged], place: int) ->
         stack, places = (params["length"], *each.stack), (place, *each.place)
         found.append(each._replace(value=value, stack=stack, place=places))
     return [*carry, *ys]
+
+
+def _is_alike(outside: Any, inside: Any) -> bool:
+    """Whether a value is the same in every step: what is scanned has one axis more outside."""
+    return len(outside.aval.shape) == len(inside.aval.shape)
 
 
 def _has_tags(jaxpr: Any) -> bool:
