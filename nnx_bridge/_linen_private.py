@@ -1,8 +1,8 @@
-"""The one thing that `nnx_bridge` changes in Flax Linen, for as long as a context lasts.
+"""The two things that `nnx_bridge` changes in Flax Linen, for as long as a context lasts.
 
-Linen has no public way to say which keys modules draw: interceptors see the methods of the user's
-classes, and `make_rng` is not one of them. ``tests/nnx_bridge/test_linen_private.py`` checks that
-all layers of Linen draw through it.
+Linen has no public way to say which keys modules draw, or to see what they sow where it is not
+kept: interceptors see the methods of the user's classes, and `make_rng` and `sow` are none of them.
+``tests/nnx_bridge/test_linen_private.py`` checks that all layers of Linen go through them.
 """
 
 import contextlib
@@ -35,3 +35,21 @@ def keys_from(draw: Callable[[], jax.Array]) -> Iterator[None]:
                 yield
             finally:
                 _DRAW.reset(token)
+
+
+@contextlib.contextmanager
+def sows_told_to(listener: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
+    """Tells of each `sow` of a Linen module, in any thread, whether its collection is kept or not.
+
+    Args:
+      listener: Is called with the module, the name and the value.
+    """
+    with _PATCHING:
+        sow: Any = nn.Module.sow
+
+        def sown(self: nn.Module, col: str, name: str, value: Any, *args: Any, **kw: Any) -> Any:
+            listener(self, name, value)
+            return sow(self, col, name, value, *args, **kw)
+
+        with mock.patch.object(nn.Module, "sow", sown):
+            yield

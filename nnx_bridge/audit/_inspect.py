@@ -12,8 +12,9 @@ from typing import Any
 
 from flax import linen as nn
 
+from nnx_bridge.audit._definitions import Source
 from nnx_bridge.audit._findings import Audit
-from nnx_bridge.audit._source import Source, audit_sources, linen_classes, names_used
+from nnx_bridge.audit._source import audit_sources, linen_classes, names_used
 from nnx_bridge.audit._trace import audit_case
 from nnx_bridge.equivalence import Case, CaseError
 
@@ -98,7 +99,8 @@ def _parsed(files: list[tuple[str, Path]], progress: Progress) -> tuple[list[Sou
                 sources.append(Source.parse(shown, texts[shown]))
             except SyntaxError as error:
                 problems.append(f"{shown}: {type(error).__name__}: {error}")
-        wanted = {cls.node.name for cls in linen_classes(sources).values()} - wanted
+        classes = {cls.node.name for cls in linen_classes(sources).values()}
+        wanted = classes.union(*(source.names.meaning(classes) for source in sources))
     return sources, problems
 
 

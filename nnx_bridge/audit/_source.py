@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from nnx_bridge.audit._definitions import Definition, Definitions, Source
 from nnx_bridge.audit._findings import Finding, Kind, ModuleClass, of_linen, ordered
-from nnx_bridge.audit._names import Names
 from nnx_bridge.compat import difference
 
 # What every Linen module has, and what its rewrite therefore always changes.
@@ -29,81 +29,53 @@ _NAMED: Mapping[str, tuple[Kind, int, str]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One file."""
-
-    name: str
-    tree: ast.Module
-    names: Names
-
-    @staticmethod
-    def parse(name: str, text: str) -> Source:
-        """Reads a file.
-
-        Raises:
-          SyntaxError: It is no Python of this version.
-        """
-        tree = ast.parse(text, name)
-        return Source(name, tree, Names(tree))
-
-    def at(self, node: ast.AST) -> str:
-        return f"{self.name}:{getattr(node, 'lineno', 1)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class LinenClass:
-    """A class, and the file in which it is."""
-
-    source: Source
-    node: ast.ClassDef
-
-    @property
-    def full_name(self) -> str:
-        file = self.source.name.removesuffix(".py").replace("/", ".")
-        return f"{file}.{self.node.name}"
-
-    def uses(self, classes: Mapping[str, LinenClass]) -> set[str]:
-        """Those among ``classes`` that its source names."""
-        found = set()
-        for name in _named(self.node) - {self.node.name}:
-            same = [key for key, cls in classes.items() if cls.node.name == name]
-            here = [key for key in same if classes[key].source is self.source]
-            found |= set(here or (same if len(same) == 1 else ()))
-        return found
-
-
-def linen_classes(sources: list[Source]) -> dict[str, LinenClass]:
+def linen_classes(sources: list[Source]) -> dict[str, Definition]:
     """The classes in these files that derive from a module of Linen.
 
     They are called by their names, and those of one name in several files by file and name.
     """
-    found = [
-        LinenClass(source, node)
-        for source in sources
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.ClassDef)
-    ]
-    names: set[str] = set()
-    size = -1
-    while size != len(names):
-        size = len(names)
-        names |= {
-            cls.node.name
-            for cls in found
-            if any(_is_module(base, cls.source, names) for base in cls.node.bases)
-        }
-    # Of several classes of one name, only some may be modules.
-    modules = [c for c in found if any(_is_module(b, c.source, names) for b in c.node.bases)]
+    return _named_apart(_modules(Definitions(sources)))
+
+
+def _modules(definitions: Definitions) -> list[Definition]:
+    found: dict[Definition, bool] = {}
+
+    def is_module(cls: Definition) -> bool:
+        if cls not in found:
+            found[cls] = False  # Of a circle of bases.
+            found[cls] = any(
+                _is_linen_module(base, cls.source)
+                or ((known := definitions.of(base, cls.source)) is not None and is_module(known))
+                for base in map(_bare, cls.node.bases)
+            )
+        return found[cls]
+
+    return [cls for cls in definitions.all if is_module(cls)]
+
+
+def _bare(base: ast.expr) -> ast.expr:
+    """`Block` of `Block[T]`."""
+    return base.value if isinstance(base, ast.Subscript) else base
+
+
+def _is_linen_module(base: ast.expr, source: Source) -> bool:
+    linen = getattr(nn, source.names.linen(base) or "", None)
+    return isinstance(linen, type) and issubclass(linen, nn.Module)
+
+
+def _named_apart(modules: list[Definition]) -> dict[str, Definition]:
     times = Counter(cls.node.name for cls in modules)
     return {cls.node.name if times[cls.node.name] == 1 else cls.full_name: cls for cls in modules}
 
 
-def _is_module(base: ast.expr, source: Source, modules: set[str]) -> bool:
-    linen = getattr(nn, source.names.linen(base) or "", None)
-    if isinstance(linen, type) and issubclass(linen, nn.Module):
-        return True
-    return _last(base) in modules
+def _uses(
+    cls: Definition, classes: Mapping[str, Definition], definitions: Definitions
+) -> tuple[str, ...]:
+    """Those among `classes` that the source of a class names."""
+    names = {other: name for name, other in classes.items()}
+    nodes = (node for node in ast.walk(cls.node) if isinstance(node, ast.Name | ast.Attribute))
+    found = {definitions.of(node, cls.source) for node in nodes} - {cls, None}
+    return tuple(sorted(names[other] for other in found if other in names))
 
 
 def audit_sources(
@@ -115,7 +87,8 @@ def audit_sources(
       sources: The files.
       only: The names of the classes to look at; by default all, and what is outside of classes.
     """
-    classes = linen_classes(sources)
+    definitions = Definitions(sources)
+    classes = _named_apart(_modules(definitions))
     if only is not None:
         classes = {name: cls for name, cls in classes.items() if cls.node.name in only}
     findings: list[Finding] = []
@@ -123,7 +96,7 @@ def audit_sources(
     inside = {id(cls.node) for cls in classes.values()}  # A class may be written inside another.
     for name, cls in classes.items():
         findings += _findings(cls.node, cls.source, name, inside)
-        uses = tuple(sorted(cls.uses(classes)))
+        uses = _uses(cls, classes, definitions)
         described[name] = ModuleClass(name, cls.source.at(cls.node), uses)
     if only is None:
         for source in sources:
@@ -133,12 +106,14 @@ def audit_sources(
 
 def names_used(sources: list[Source], name: str) -> set[str]:
     """A class and every other module class that it names, directly or not."""
-    classes = linen_classes(sources)
+    definitions = Definitions(sources)
+    classes = _named_apart(_modules(definitions))
     found: set[str] = set()
     new = {name}
     while new:
         found |= new
-        new = {used for n in new & classes.keys() for used in classes[n].uses(classes)} - found
+        known = [classes[n] for n in new & classes.keys()]
+        new = {used for cls in known for used in _uses(cls, classes, definitions)} - found
     return found
 
 
@@ -256,15 +231,3 @@ def _value(node: ast.expr, source: Source) -> Any:
         except TypeError:
             raise ValueError(dotted) from None
     return ast.literal_eval(node)
-
-
-def _named(root: ast.AST) -> set[str]:
-    """The names in a class, those after a dot included."""
-    return {name for name in map(_last, ast.walk(root)) if name is not None}
-
-
-def _last(node: ast.AST) -> str | None:
-    """`Encoder` of `models.Encoder`."""
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else None

@@ -14,8 +14,9 @@ from flax import errors
 from flax import linen as nn
 
 from nnx_bridge._collections import flatten
+from nnx_bridge.audit._definitions import Source
 from nnx_bridge.audit._findings import Audit, Finding, Kind, ModuleClass, of_linen
-from nnx_bridge.audit._source import EVERYWHERE, Source, audit_sources, variable_use
+from nnx_bridge.audit._source import EVERYWHERE, audit_sources, variable_use
 from nnx_bridge.compat import difference
 from nnx_bridge.equivalence import Case, CaseError
 from nnx_bridge.equivalence._inputs import drawn

@@ -38,12 +38,17 @@ def sowing_outputs(
 
 
 @contextlib.contextmanager
-def intercepting(modules: Sequence[nnx.Module], chosen: Outputs, around: Around) -> Iterator[None]:
-    """Lets the chosen methods of ``modules`` go through ``around``, which is hashable."""
+def intercepting(
+    modules: Sequence[nnx.Module], chosen: Outputs, around: Around, also: Sequence[str] = ()
+) -> Iterator[None]:
+    """Lets the chosen methods of ``modules`` go through ``around``, which is hashable.
+
+    Methods that every NNX module has are left out but for those named by ``also``.
+    """
     classes = [type(module) for module in modules]
     try:
         for module, cls in zip(modules, classes, strict=True):
-            names = frozenset(name for name in _methods(cls) if chosen(module, name))
+            names = frozenset([*(name for name in _methods(cls) if chosen(module, name)), *also])
             if names:
                 object.__setattr__(module, "__class__", _intercepted_class(cls, around, names))
         yield

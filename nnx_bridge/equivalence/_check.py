@@ -34,6 +34,7 @@ from nnx_bridge.equivalence._report import Report
 from nnx_bridge.equivalence._routes import HostedRoute, LinenRoute
 from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Side
 from nnx_bridge.equivalence._verdict import Row, Verdict, compare_arrays, raised
+from nnx_bridge.equivalence._widened import widened_rows
 from nnx_bridge.host import check_linen_module
 from nnx_bridge.weights import Plan, WeightsError
 from nnx_bridge.weights._leaves import OPTIONAL
@@ -145,10 +146,15 @@ class _Session:
             if seed == self.seeds[0]:
                 rows = [*self._values(problem, side, correspondence, comparison.route), *rows]
             results = [row for row in rows if comparison.counts(row)]
+            route = comparison.route
+            if all(row.verdict.agrees for row in results):
+                rows = list(widened_rows(comparison, data, seed))
+                results += [row for row in rows if comparison.counts(row)]
+                route = rows[0].route if rows else route
             self.add(results)
             if self.parting is None and not all(row.verdict.agrees for row in results):
                 paired = comparison.names.values()
-                self.parting = find(rows, reference.calls, paired, comparison.route)
+                self.parting = find(rows, reference.calls, paired, route)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Adds rows, of which the worst of each array counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnx_bridge.equivalence._correspondence import Correspondence
+from nnx_bridge.equivalence._calls import PARTS
+from nnx_bridge.equivalence._case import CaseError
+from nnx_bridge.equivalence._correspondence import Correspondence, Paths
 from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results, steps, wide
-from nnx_bridge.equivalence._parting import pairs
+from nnx_bridge.equivalence._parting import pairs, path_of, sown_pairs
 from nnx_bridge.equivalence._problem import Data, Problem, failure, first_line, perturbed
 from nnx_bridge.equivalence._recording import named
 from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays, raised
@@ -23,8 +26,10 @@ from nnx_bridge.equivalence._verdict import Noise, Row, Verdict, compare_arrays,
 UNREPORTED = ("layer input", "layer input gradient", "output with gradient")
 _LAYERS = ("layer input", "layer output", "layer input gradient", "layer output gradient")
 
+SOWN = PARTS["sown"]
+
 # How often the reference runs with its data moved by roundings.
-_SAMPLES = 2
+SAMPLES = 2
 
 
 @dataclasses.dataclass
@@ -43,6 +48,7 @@ class Comparison:
       skipped: What the reference itself cannot do.
       names: The calls of the model by those of the reference that they stand for.
       certain: The calls of the reference whose partner has the same path.
+      sown: What the model sows by what the reference sows under the same path and name.
     """
 
     problem: Problem
@@ -56,18 +62,24 @@ class Comparison:
     skipped: list[str] = dataclasses.field(default_factory=list)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     certain: set[str] = dataclasses.field(default_factory=set)
+    sown: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def exact(self) -> Any:
         """The reference in float64."""
         return self.reference.exact(self.problem.data)
 
+    @functools.cached_property
+    def widened(self) -> Any:
+        """The model in float64."""
+        return self.model.exact(self.problem.data)
+
     def rows(self, data: Data, seed: int) -> list[Row]:
         """The rows for one seed."""
         rows: list[Row] = []
         trained = "call"
         for stage in STAGES:
-            self._progress(stage, "reference", seed)
+            self.tell(stage, "reference", seed)
             try:
                 expected = self.reference(stage, data)
             except Exception as error:
@@ -76,9 +88,10 @@ class Comparison:
                     raise failure(f"the {stage} of {name}", error) from error
                 self.skipped.append(skipped(stage, error))
                 continue
+            self._check_names()
             trained = "gradient" if stage == "gradient" else trained
             noise = self._noise(stage, expected, data, seed)
-            self._progress(stage, "model", seed)
+            self.tell(stage, "model", seed)
             try:
                 found = self.model(stage, data)
             except Exception as error:
@@ -90,17 +103,45 @@ class Comparison:
             if not self.names:
                 calls = self.reference.calls, self.model.calls
                 self.names, self.certain = pairs(*calls, self.correspondence)
+                self._pair_sown()
             for what, arrays in expected.items():
                 if what != AFTER:
-                    rows += self._rows(what, found.get(what, {}), arrays, noise[what], seed)
+                    theirs = self.in_reference(what, found.get(what, {}))
+                    rows += self.rows_of(what, theirs, arrays, noise[what], seed)
             if any(_unlike(row) for row in rows if row.what == "output"):
                 # A random combination of outputs needs outputs of the same shapes.
                 return rows
         return rows + list(self._steps(trained, data, seed))
 
-    def _rows(self, what: str, found: Any, expected: Any, noise: Noise, seed: int) -> Iterator[Row]:
+    def _check_names(self) -> None:
+        if isinstance(self.correspondence, Paths):
+            unused = list(self.correspondence.unused(map(path_of, self.reference.calls)))
+            if unused:
+                raise CaseError(f"{self.problem.case.name}: {'; '.join(unused)}")
+
+    def _pair_sown(self) -> None:
+        """Pairs what is sown. A rewrite need not sow what nobody reads; but it is said."""
+        self.sown = sown_pairs(self.reference.sown, self.model.sown, self.correspondence)
+        paired = set(self.sown.values())
+        alone = {re.sub(r" \(.*", "", name) for name in self.reference.sown if name not in paired}
+        if alone:
+            names = ", ".join(sorted(alone))
+            self.skipped.append(f"sown values that the model does not sow: {names}")
+
+    def in_reference(self, what: str, arrays: Results) -> Results:
+        """What the model gave, by the names of calls in the reference; without those it has not."""
+        if what == SOWN:
+            return named(arrays, self.sown)
+        return named(arrays, self.names) if what in _LAYERS else arrays
+
+    def rows_of(
+        self, what: str, found: Any, expected: Any, noise: Noise, seed: int
+    ) -> Iterator[Row]:
+        """Rows for arrays of one kind, of which those of the model have the reference's names."""
+        if what == SOWN:
+            expected = {key: x for key, x in expected.items() if key in found}
+            found = {key: found[key] for key in expected}
         if what in _LAYERS:
-            found = named(found, self.names)
             order = {name: i for i, name in enumerate(self.reference.calls)}
             paired = set(self.names.values())
             keys = sorted(
@@ -126,7 +167,7 @@ class Comparison:
         return row.what not in _LAYERS or row.path.partition(" [")[0] in self.certain
 
     def _noise(self, stage: str, expected: Results, data: Data, seed: int) -> dict[str, Noise]:
-        self._progress(stage, "reference in float64", seed)
+        self.tell(stage, "reference in float64", seed)
         exact, precision = self._exact(stage, data)
         samples = {
             level: [self.reference(stage, moved) for moved in _moved(data, level)]
@@ -156,7 +197,7 @@ class Comparison:
         number = self.steps
         if number < 2:
             return
-        self._progress(f"{number} steps", "all", seed)
+        self.tell(f"{number} steps", "all", seed)
 
         def run(program: Program, first: Data) -> list[Results]:
             optimizer = self.optimizer
@@ -177,9 +218,10 @@ class Comparison:
                 eps = precision.get(_STEP_OF[what.partition(",")[0]], {})
                 moved = {level: [r[i][what] for r in runs] for level, runs in samples.items()}
                 noise = Noise(exact[i].get(what, {}), moved, eps)
-                yield from self._rows(what, found[i].get(what, {}), arrays, noise, seed)
+                yield from self.rows_of(what, found[i].get(what, {}), arrays, noise, seed)
 
-    def _progress(self, stage: str, program: str, seed: int) -> None:
+    def tell(self, stage: str, program: str, seed: int) -> None:
+        """Says what begins."""
         self.progress(f"{self.route}, seed {seed}, {stage}: {program}")
 
 
@@ -190,7 +232,7 @@ def _levels(precision: Results) -> set[float]:
 
 
 def _moved(data: Data, level: float) -> Iterator[Data]:
-    return (perturbed(data, seed, level) for seed in range(_SAMPLES))
+    return (perturbed(data, seed, level) for seed in range(SAMPLES))
 
 
 # Whose precision the results of a step have.
@@ -213,7 +255,7 @@ def _unlike(row: Row) -> bool:
 
 def _alike(found: Any, expected: Any) -> Any:
     """An input of a layer as its partner gets it: a mask may come unbroadcast, and as integers."""
-    if isinstance(found, jax.Array) and np.shape(found) != np.shape(expected):
+    if hasattr(found, "shape") and np.shape(found) != np.shape(expected):
         try:
             found = np.broadcast_to(np.asarray(found), np.shape(expected))
         except ValueError:

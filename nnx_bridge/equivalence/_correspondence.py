@@ -109,7 +109,22 @@ class Paths:
             why = f"the reference has none; {_few(suggestion(path_text(path), known))}"
             self.problems.append(_problem(path, theirs[path], why))
         self._modules = modules
+        self._prefixes = {
+            path_text(path[1:end]) for path in ours for end in range(2, len(path) + 1)
+        }
         self.found_any = bool(self._pairs) or not ours
+
+    def unused(self, modules: Iterable[str]) -> Iterator[str]:
+        """What is wrong with prefixes in the renaming that fit nothing in the reference.
+
+        Args:
+          modules: Paths of the modules of the reference, also of those without variables.
+        """
+        known = self._prefixes | set(modules)
+        for prefix in self._renaming if isinstance(self._renaming, Mapping) else ():
+            if prefix not in known:
+                near = _few(suggestion(prefix, sorted(known - {""})))
+                yield f"correspondence: no path of the reference begins with {prefix!r}; {near}"
 
     def to_model(self, variables: Variables) -> dict[str, Any]:
         values = dict(flatten(variables))

@@ -6,6 +6,9 @@ by float64 (complex by complex128). What the dtypes are part of is done in the d
 written, and the result widened: a bit pattern, the next number. The random bits are therefore those
 of the original program, and so are masks drawn from them.
 
+Constants are the exception: what was rounded when the program was written cannot be had back.
+`moved` shows how far that carries.
+
 Beside each value goes the *precision* of the written program at that place: the largest machine
 epsilon among all values that it depends on. A float32 array that was computed by way of bfloat16
 has the precision of bfloat16.
@@ -13,7 +16,7 @@ has the precision of bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -21,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-# Programs that are called only for what is in them.
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-_CHECKPOINTS = ("checkpoint", "remat", "remat2")
+from nnx_bridge.equivalence._tags import inlined, programs
+
+FLOAT32 = float(jnp.finfo("float32").eps)
+
 # Where the dtype itself is the meaning.
 _AS_WRITTEN = ("bitcast_convert_type", "nextafter")
 
@@ -41,6 +45,7 @@ class Exact:
 
     Attributes:
       precision: The machine epsilon behind each result, in a pytree like the result.
+      rounded: The constants that are coarser than float32 and may have been rounded.
     """
 
     def __init__(self, fn: Callable[[Any], Any], data: Any) -> None:
@@ -48,12 +53,30 @@ class Exact:
         self._closed, self._structure = closed, jax.tree.structure(shapes)
         leaves = [_eps(leaf.dtype) for leaf in jax.tree.leaves(data)]
         self.precision = jax.tree.unflatten(self._structure, _precisions(closed, leaves))
+        self.rounded = frozenset(_rounded(closed))
         self._run = jax.jit(lambda leaves: _run(closed, leaves), compiler_options=QUICKLY)
 
     def __call__(self, data: Any) -> Any:
         """The result, in NumPy arrays but for PRNG keys."""
         with jax.enable_x64(True):
             leaves = self._run([promote(leaf) for leaf in jax.tree.leaves(data)])
+            return jax.tree.unflatten(self._structure, leaves)
+
+    def moved(self, data: Any, constants: Set[Any], seed: int) -> Any:
+        """The result with these constants, of those in `rounded`, moved by half a rounding."""
+        random = np.random.default_rng(seed)
+
+        def constant(x: Any) -> Any:
+            wide = promote(x)
+            if _constant(x) not in constants:
+                return wide
+            return wide * (1 + random.choice([-0.5, 0.5]) * _eps(x.dtype))
+
+        with jax.enable_x64(True):
+            run = jax.jit(
+                lambda leaves: _run(self._closed, leaves, constant), compiler_options=QUICKLY
+            )
+            leaves = run([promote(leaf) for leaf in jax.tree.leaves(data)])
             return jax.tree.unflatten(self._structure, leaves)
 
 
@@ -70,32 +93,34 @@ def _wide(dtype: Any) -> Any:
     return np.dtype(np.float64) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _run(closed: Any, arguments: Sequence[Any]) -> list[Any]:
-    """The results of the equations with every floating type promoted."""
+def _run(
+    closed: Any, arguments: Sequence[Any], constant: Callable[[Any], Any] = promote
+) -> list[Any]:
+    """The results of the equations with every floating type promoted, constants by `constant`."""
     jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(promote, closed.consts), strict=True))
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(constant, closed.consts), strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> Any:
         if isinstance(atom, core.Literal):
             # First in the dtype that was written: 0.9 is another number in float32.
             aval: Any = atom.aval
-            return promote(np.asarray(atom.val, aval.dtype))
+            return constant(np.asarray(atom.val, aval.dtype))
         return values[atom]
 
     for equation in jaxpr.eqns:
-        results = _evaluate(equation, [read(atom) for atom in equation.invars])
+        results = _evaluate(equation, [read(atom) for atom in equation.invars], constant)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
+def _evaluate(equation: Any, arguments: list[Any], constant: Callable[[Any], Any]) -> list[Any]:
     primitive, params = equation.primitive, equation.params
-    inlined = _inlined(equation)
-    if inlined is not None:
-        return _run(inlined, arguments)
+    program = inlined(equation)
+    if program is not None:
+        return _run(program, arguments, constant)
     if primitive.name == "shard_map":
-        return _mapped(params, arguments)
+        return _mapped(params, arguments, constant)
     if primitive.name == "reduce_precision":
         return arguments
     if primitive.name in _AS_WRITTEN:
@@ -103,7 +128,7 @@ def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
             x.astype(v.aval.dtype) for x, v in zip(arguments, equation.invars, strict=True)
         ]
     else:
-        params = {name: _promoted(value) for name, value in params.items()}
+        params = {name: _promoted(value, constant) for name, value in params.items()}
         if primitive.name == "dot_general":
             # An algorithm is one of particular dtypes.
             params["precision"] = None
@@ -111,37 +136,31 @@ def _evaluate(equation: Any, arguments: list[Any]) -> list[Any]:
     return [promote(x) for x in (results if primitive.multiple_results else [results])]
 
 
-def _mapped(params: dict[str, Any], arguments: list[Any]) -> list[Any]:
+def _mapped(
+    params: dict[str, Any], arguments: list[Any], constant: Callable[[Any], Any]
+) -> list[Any]:
     """A `jax.shard_map`: only inside of one have the axes of its mesh a name."""
     closed = core.ClosedJaxpr(params["jaxpr"], ())
     same = {name: params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
     axes = params["newly_manual_axes"]
-    run = jax.shard_map(lambda *parts: tuple(_run(closed, parts)), axis_names=axes, **same)
+    run = jax.shard_map(
+        lambda *parts: tuple(_run(closed, parts, constant)), axis_names=axes, **same
+    )
     return list(run(*arguments))
 
 
-def _inlined(equation: Any) -> Any:
-    """The program that the equation does nothing but call; None for other equations."""
-    name, params = equation.primitive.name, equation.params
-    if name in _CHECKPOINTS:
-        return core.ClosedJaxpr(params["jaxpr"], ())
-    if name in _INLINED:
-        return next(p for p in params.values() if isinstance(p, core.ClosedJaxpr))
-    return None
-
-
-def _promoted(value: Any) -> Any:
+def _promoted(value: Any, constant: Callable[[Any], Any]) -> Any:
     """A parameter of an equation for promoted arguments."""
     if isinstance(value, core.ClosedJaxpr):
         # With their shardings, and the axes of a `jax.shard_map` that they vary over.
         shapes = jax.eval_shape(
             lambda *arguments: tuple(map(promote, arguments)), *(v.aval for v in value.jaxpr.invars)
         )
-        return jax.make_jaxpr(lambda *arguments: _run(value, arguments))(*shapes)
+        return jax.make_jaxpr(lambda *arguments: _run(value, arguments, constant))(*shapes)
     if isinstance(value, core.Jaxpr):
-        return _promoted(core.ClosedJaxpr(value, ())).jaxpr
+        return _promoted(core.ClosedJaxpr(value, ()), constant).jaxpr
     if type(value) in (tuple, list):
-        return type(value)(map(_promoted, value))
+        return type(value)(_promoted(item, constant) for item in value)
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return _wide(np.dtype(value))
     return value
@@ -149,6 +168,32 @@ def _promoted(value: Any) -> Any:
 
 def _eps(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+def _coarse(x: Any) -> bool:
+    """Whether an array or a number is in a type that is coarser than float32, and not exact."""
+    if _eps(x.dtype) <= FLOAT32:
+        return False
+    values = np.asarray(x).astype(np.float64)
+    with np.errstate(all="ignore"):
+        whole = (values == np.round(values)) | (1 / values == np.round(1 / values))
+    return not whole.all()
+
+
+def _constant(x: Any) -> tuple[str, bytes]:
+    """What tells constants apart."""
+    key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return str(x.dtype), np.asarray(jax.random.key_data(x) if key else x).tobytes()
+
+
+def _rounded(closed: Any) -> Iterator[tuple[str, bytes]]:
+    """The coarse constants in a program, at whatever depth."""
+    literals = (a for e in closed.jaxpr.eqns for a in e.invars if isinstance(a, core.Literal))
+    values = [np.asarray(a.val, getattr(a.aval, "dtype", None)) for a in literals]
+    yield from (_constant(x) for x in [*closed.consts, *values] if _coarse(x))
+    for equation in closed.jaxpr.eqns:
+        for program in programs(equation.params):
+            yield from _rounded(core.ClosedJaxpr(program, ()))
 
 
 def _precisions(closed: Any, arguments: Sequence[float]) -> list[float]:
@@ -162,31 +207,19 @@ def _precisions(closed: Any, arguments: Sequence[float]) -> list[float]:
 
     for equation in jaxpr.eqns:
         before = [read(atom) for atom in equation.invars]
-        inlined = _inlined(equation)
-        if inlined is not None:
-            results = _precisions(inlined, before)
+        program = inlined(equation)
+        if program is not None:
+            results = _precisions(program, before)
         else:
-            inside = max(map(_coarsest, _programs(equation.params)), default=0.0)
+            inside = max(map(_coarsest, programs(equation.params)), default=0.0)
             worst = max([*before, inside], default=0.0)
             results = [max(worst, _eps(v.aval.dtype)) for v in equation.outvars]
         known.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _programs(value: Any) -> list[Any]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if type(value) in (tuple, list):
-        return [program for item in value for program in _programs(item)]
-    return []
-
-
 def _coarsest(jaxpr: Any) -> float:
     """The largest machine epsilon in a program, at whatever depth."""
-    inner = [program for e in jaxpr.eqns for program in _programs(e.params)]
+    inner = [program for e in jaxpr.eqns for program in programs(e.params)]
     own = [_eps(v.aval.dtype) for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "dtype")]
     return max([*own, *map(_coarsest, inner)], default=0.0)

@@ -7,15 +7,15 @@ are; the words are those of the rows of a report.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from nnx_bridge._collections import Variables
+from nnx_bridge.equivalence._calls import PARTS, Call, Calls
 from nnx_bridge.equivalence._correspondence import Correspondence, merged, unboxed
 from nnx_bridge.equivalence._exact import QUICKLY, Exact, promote
 from nnx_bridge.equivalence._problem import (
@@ -28,13 +28,17 @@ from nnx_bridge.equivalence._problem import (
     inexact,
     with_values,
 )
-from nnx_bridge.equivalence._recording import Call, Recorder
+from nnx_bridge.equivalence._recording import Recorder
 from nnx_bridge.equivalence._sides import Arguments, Run, Side
+from nnx_bridge.equivalence._tags import hoisted
 
 Results = dict[str, Any]
 Program = Callable[[str, Data], Results]  # From the name of a stage.
 
 STAGES = ("call", "gradient", "jvp")
+
+# What belongs to calls of modules, and may have steps.
+_RECORDED = {*PARTS.values(), *(f"{what} gradient" for what in PARTS.values())}
 
 # What later steps start from; no arrays to compare.
 AFTER = "variables after the call"
@@ -50,7 +54,6 @@ class Raw:
       recording: Whether calls of modules are recorded, and draws counted the same for all models.
 
     Attributes:
-      calls: The calls that the last stage that was traced recorded; see `Recorder`.
       failed: The module that the last error passed through first.
     """
 
@@ -63,7 +66,7 @@ class Raw:
     ) -> None:
         self._problem, self._side = problem, side or problem.side
         self._correspondence, self._recording = correspondence, recording
-        self.calls: dict[str, Call] = {}
+        self._calls = Calls(())
         self.failed: str | None = None
         options = QUICKLY if recording else None
         self._compiled = {
@@ -71,51 +74,67 @@ class Raw:
         }
 
     def __call__(self, stage: str, data: Data) -> Results:
-        return dict(self._compiled[stage](data))
+        return self.split(self._compiled[stage](data))
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """The calls of modules in the order in which they end; known once a stage has run."""
+        return self._calls.calls
+
+    @property
+    def sown(self) -> tuple[str, ...]:
+        """The names of what is sown."""
+        return self._calls.sown
+
+    def split(self, results: Results) -> Results:
+        """The results with what is recorded of each step of a loop."""
+        split = self._calls.split
+        layers = {w: split(w.removesuffix(" gradient"), results[w]) for w in _RECORDED & {*results}}
+        return {**results, **layers}
 
     def exact(self, data: Data) -> Program:
         """The same programs in float64, and the precision of their results."""
         return _ExactProgram(self, data)
 
     def call(self, data: Data) -> Results:
-        outputs, after, (inputs, given) = self._run(data, data.variables, data.primals)
-        state = self._problem.changeable(after)
+        def run(data: Data) -> Results:
+            outputs, after = self._run(data, data.variables, data.primals)
+            return {"output": outputs, "state": self._problem.changeable(after), AFTER: after}
+
         if not self._recording:
-            return {"output": outputs, "state": state}
-        return {
-            "layer input": inputs,
-            "layer output": given,
-            "output": outputs,
-            "state": state,
-            "parameter after the call": by_path({"params": after.get("params", {})}),
-            AFTER: after,
-        }
+            results = run(data)
+            return {what: results[what] for what in ("output", "state")}
+        results, found = hoisted(run, data)
+        self._calls = Calls(found)
+        parameters = by_path({"params": results[AFTER].get("params", {})})
+        return {**self._calls.arrays(found), **results, "parameter after the call": parameters}
 
     def gradient(self, data: Data) -> Results:
-        offsets = self._offsets(data)
-
-        def loss(parameters: Any, primals: Arrays, offsets: Any) -> tuple[jax.Array, Any]:
-            variables = _with_parameters(data, parameters)
-            outputs, after, _ = self._run(data, variables, primals, offsets)
+        def loss(parameters: Any, primals: Arrays) -> tuple[jax.Array, Any]:
+            outputs, after = self._run(data, _with_parameters(data, parameters), primals)
             return combine(outputs, data.weights), (outputs, after)
 
-        grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
-        gradients, (outputs, after) = grad(data.parameters, data.primals, offsets)
-        parameters, inputs, (layer_inputs, layer_outputs) = gradients
-        return {
-            "layer output gradient": layer_outputs,
-            "layer input gradient": layer_inputs,
-            "input gradient": inexact(inputs),
-            "parameter gradient": inexact(by_path({"params": parameters})),
-            "state after gradient": self._problem.changeable(after),
-            "output with gradient": outputs,
-            AFTER: after,
-        }
+        def run(data: Data) -> Results:
+            grad = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+            (parameters, inputs), (outputs, after) = grad(data.parameters, data.primals)
+            return {
+                "input gradient": inexact(inputs),
+                "parameter gradient": inexact(by_path({"params": parameters})),
+                "state after gradient": self._problem.changeable(after),
+                "output with gradient": outputs,
+                AFTER: after,
+            }
+
+        if not self._recording:
+            return run(data)
+        results, found = hoisted(run, data)
+        gradients = self._calls.gradients(found)
+        return {**{f"{what} gradient": x for what, x in gradients.items()}, **results}
 
     def jvp(self, data: Data) -> Results:
         def outputs(parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:
             variables = _with_parameters(data, parameters)
-            outputs, after, _ = self._run(data, variables, primals)
+            outputs, after = self._run(data, variables, primals)
             return inexact(outputs), self._problem.changeable(after)
 
         primals = (data.parameters, data.primals)
@@ -123,10 +142,8 @@ class Raw:
         _, dots, state = jax.jvp(outputs, primals, tangents, has_aux=True)
         return {"output tangent": dots, "state after jvp": state}
 
-    def _run(
-        self, data: Data, variables: Variables, primals: Arrays, offsets: Any = None
-    ) -> tuple[Arrays, Variables, tuple[Arrays, Arrays]]:
-        recorder = Recorder(offsets) if self._recording else None
+    def _run(self, data: Data, variables: Variables, primals: Arrays) -> tuple[Arrays, Variables]:
+        recorder = Recorder() if self._recording else None
         # Not the keys by which Linen tells its streams apart: a rewrite may have others.
         draws = next(iter(data.keys.values()), None) if self._recording else None
         own, after = variables, variables
@@ -146,22 +163,12 @@ class Raw:
             outputs = self._problem.run(run, data, primals)
         finally:
             if recorder is not None:
-                self.calls, self.failed = recorder.calls, recorder.failed
+                self.failed = recorder.failed
         if self._correspondence is not None:
             state = {name: tree for name, tree in after.items() if name != "params"}
             values = self._correspondence.to_reference(after)
             after = {**merged(unboxed(variables), values), OWN: state}
-        recorded = (recorder.inputs, recorder.outputs) if recorder is not None else ({}, {})
-        return outputs, after, recorded
-
-    def _offsets(self, data: Data) -> tuple[Arrays, Arrays]:
-        """Zeros like everything that is recorded."""
-        if not self._recording:
-            return {}, {}
-        shapes = jax.eval_shape(lambda: self._run(data, data.variables, data.primals)[2])
-        inputs, outputs = (inexact(arrays) for arrays in shapes)
-        zeros: tuple[Arrays, Arrays] = jax.tree.map(jnp.zeros_like, (inputs, outputs))
-        return zeros
+        return outputs, after
 
 
 class _ExactProgram:
@@ -179,8 +186,17 @@ class _ExactProgram:
     def __call__(self, stage: str, data: Data) -> Results:
         if stage not in self._exact:
             self._exact[stage] = Exact(getattr(self._raw, stage), self._data)
-            self.precisions[stage] = self._exact[stage].precision
-        return dict(self._exact[stage](data))
+        results = self._raw.split(self._exact[stage](data))
+        self.precisions[stage] = self._raw.split(self._exact[stage].precision)
+        return results
+
+    def rounded(self, stage: str) -> frozenset[Any]:
+        """The constants in a stage that has run which may have been rounded; see `Exact`."""
+        return self._exact[stage].rounded
+
+    def moved(self, stage: str, data: Data, constants: Set[Any], seed: int) -> Results:
+        """A stage that has run, with some of these constants moved by half a rounding."""
+        return self._raw.split(self._exact[stage].moved(data, constants, seed))
 
 
 def steps(

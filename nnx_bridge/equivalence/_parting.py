@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from nnx_bridge.equivalence._correspondence import Correspondence
-from nnx_bridge.equivalence._recording import Call
+from nnx_bridge.equivalence._calls import Call
+from nnx_bridge.equivalence._correspondence import Correspondence, normal
 from nnx_bridge.equivalence._verdict import Row, Verdict
 
 VALUE = "variable"
@@ -49,8 +50,9 @@ def pairs(
 ) -> tuple[dict[str, str], set[str]]:
     """Which call of a model stands for which of the reference.
 
-    Calls are paired by the paths of their modules; the rest by their order between such pairs and
-    by the names of their classes.
+    Calls are paired by the paths of their modules; then a layer in a list (`layers/1/mlp`) with the
+    step of a scanned one (`layers/mlp (step 2)`); the rest by their order between such pairs and by
+    the names of their classes.
 
     Returns:
       Names of the model's calls to those of the reference; and those of the reference that were
@@ -63,7 +65,15 @@ def pairs(
         if partner in reference and partner not in found.values():
             found[name] = partner
     certain = set(found.values())
-    ours = [name if name in certain else call.module for name, call in reference.items()]
+    by_step = {place: name for name in reference if name not in certain for place in _places(name)}
+    for name in model:
+        partner = next(
+            (by_step[p] for p in _places(name) if name not in found and p in by_step), ""
+        )
+        if partner and partner not in found.values():
+            found[name] = partner
+    known = set(found.values())
+    ours = [name if name in known else call.module for name, call in reference.items()]
     theirs = [found.get(name, call.module) for name, call in model.items()]
     names, partners = list(model), list(reference)
     for a, b, size in difflib.SequenceMatcher(
@@ -72,6 +82,21 @@ def pairs(
         for i in range(size):
             found.setdefault(names[a + i], partners[b + i])
     return found, certain
+
+
+def sown_pairs(
+    reference: Iterable[str], model: Iterable[str], correspondence: Correspondence
+) -> dict[str, str]:
+    """Names of what a model sows to those of what the reference sows, by path and name."""
+    found = {}
+    known = set(reference)
+    for sown in model:
+        path, end = _split(sown)
+        module, _, name = path.rpartition("/")
+        partner = f"{correspondence.module(module)}/{name}{end}".lstrip("/")
+        if partner in known:
+            found[sown] = partner
+    return found
 
 
 def find(
@@ -111,8 +136,9 @@ def find(
             )
             if _agree(by_call, "layer output", name):
                 reason = "its output is the first that is off by more than its inputs"
+            reason += f", first in {_step(name)}" if _step(name) else ""
             between = _between(name, names, calls, by_call)
-            return Parting(_path(name), "module", calls[name].module, route, reason + between)
+            return Parting(path_of(name), "module", calls[name].module, route, reason + between)
     for row in bad:
         if row.what in ("output", "state"):
             return Parting(row.path, _kind(row), "", route, f"{row.what} {row.verdict.value}")
@@ -125,7 +151,7 @@ def find(
         if inputs is False or own:
             part = "its inputs" if inputs is False else f"its parameter {own[0].path}"
             reason = f"the gradient of its output agrees, that of {part} does not"
-            return Parting(_path(name), "module", calls[name].module, route, reason)
+            return Parting(path_of(name), "module", calls[name].module, route, reason)
     hidden = ("layer input", "layer output", "layer input gradient", "layer output gradient")
     row = next((row for row in bad if row.what not in hidden), bad[0])
     reason = f"{row.what} {row.verdict.value}" + (f": {row.error}" if row.error else "")
@@ -145,13 +171,32 @@ def _split(name: str) -> tuple[str, str]:
     return f"{head}{slash}{last}", f"{dot}{method}{space}{count}"
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """The path of the module in the name of a call."""
     return _split(name)[0]
+
+
+def _step(name: str) -> str:
+    """Which step of a loop a call is, such as "step 2"; empty where it is in none."""
+    return next((m[1] for m in re.finditer(r" \((steps? [^)]*)\)$", name)), "")
+
+
+def _places(name: str) -> set[str]:
+    """A call in a form in which layers of a list are the steps of one: `layers/mlp` at 1."""
+    path, end = _split(name)
+    if step := re.fullmatch(r"(.*) \(step (\d+)\)", end):
+        return {f"{normal(path)}{step[1]} at {step[2]}"}
+    numbers = re.finditer(r"_(\d+)(?=/|$)", normal(path))
+    return {
+        f"{m.string[: m.start()]}{m.string[m.end() :]}{end} at {int(m[1]) + 1}" for m in numbers
+    }
 
 
 def _is_of(parameter: str, name: str) -> bool:
     """Whether a parameter is one of the module's own, or of a module in it."""
-    return f"{parameter.partition('/')[2]}/".startswith(f"{_path(name)}/" if _path(name) else "")
+    return f"{parameter.partition('/')[2]}/".startswith(
+        f"{path_of(name)}/" if path_of(name) else ""
+    )
 
 
 def _by_call(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -189,7 +234,7 @@ def _between(
     by_call: Mapping[tuple[str, str], list[Row]],
 ) -> str:
     """Which of the modules inside one surround the place."""
-    prefix = f"{_path(name)}/" if _path(name) else ""
+    prefix = f"{path_of(name)}/" if path_of(name) else ""
     inner = [n for n in names if n != name and n.startswith(prefix)]
     wrong = [n for n in inner if _agree(by_call, "layer input", n) is False]
     good = [n for n in inner if _agree(by_call, "layer output", n)]

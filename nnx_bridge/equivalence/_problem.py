@@ -137,7 +137,7 @@ class Problem:
             _arguments(self.case),
             is_leaf=is_random,
         )
-        return by_path(run(*arguments["args"], **arguments["kwargs"]))
+        return by_path(jax.tree.map(_as_array, run(*arguments["args"], **arguments["kwargs"])))
 
     def apply(self, data: Data, variables: Variables, primals: Arrays) -> tuple[Arrays, Arrays]:
         """The pure function of the reference: outputs and changed collections."""
@@ -195,6 +195,12 @@ def with_values(tree: Any, values: Arrays) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     structure: Any = treedef
     return structure.unflatten([values.get(p, x) for p, x in zip(paths, leaves, strict=True)])
+
+
+def _as_array(leaf: Any) -> Any:
+    """A number of Python among the outputs as an array, since it is to be compared too."""
+    number = isinstance(leaf, bool | int | float | complex)
+    return np.asarray(leaf, jnp.result_type(leaf)) if number else leaf
 
 
 def inexact(arrays: Arrays) -> Arrays:

@@ -1,8 +1,9 @@
-"""The calls of modules in one run of a model, in the order in which they end, on either side.
+"""The calls of modules in one run of a model, on either side.
 
 Linen modules are seen through `nn.intercept_methods`, NNX modules through a class of their own that
-they have during the run. A call inside a transform (a scanned layer) belongs to another trace, from
-which nothing can be taken out: there the call around the transform is what is seen.
+they have during the run. What they get and give is tagged (`_tags.py`), wherever they are called:
+the layers inside of a scanned, mapped or rematerialised block like others. `_calls.py` makes names
+and steps of what is found.
 
 The keys that modules draw are counted the same way on both sides: the n-th draw of a run gets the
 run's key folded with n, whoever asks and by which name. So a rewrite that draws where its
@@ -12,9 +13,12 @@ original drew gets the same masks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -22,100 +26,91 @@ from flax import nnx
 
 from nnx_bridge import _flax_private, _linen_private
 from nnx_bridge.captures._method_outputs import intercepting, is_method
+from nnx_bridge.equivalence._tags import tagged
 from nnx_bridge.host import Host, Node
 
 Arrays = dict[str, Any]
 
+# The attribute by which a copy that a transform makes of a module knows where it comes from.
+_WHERE = "where_it_is_compared"
 
-class Call(NamedTuple):
-    """One call of a module.
+
+@dataclasses.dataclass(frozen=True)
+class Tag:
+    """One array that a module gets or gives.
 
     Attributes:
+      number: The number of the call, in the order in which the calls began.
+      name: The path of the module, with the method where it is another than `__call__`; or the
+        path of a sown value.
       module: The class of the module.
-      begun: How many calls had begun when it began.
-      ended: How many calls had ended by then.
+      part: "input", "output" or "sown".
+      leaf: Which array it is, where there are several.
+      inside: The number of the call of the same method and module that is around this one.
     """
 
+    number: int
+    name: str
     module: str
-    begun: int
-    ended: int
+    part: str
+    leaf: str = ""
+    inside: int | None = None
 
 
 class Recorder:
-    """What the modules of one run got and gave.
-
-    Args:
-      offsets: Values that are added to what modules get and give, by the keys of `inputs` and
-        `outputs`; the gradients there are those of the offsets.
+    """Tags what the modules of one run get and give.
 
     Attributes:
-      inputs: The arrays that each call got, by the name of the call.
-      outputs: Those that it gave.
-      calls: The calls by their names, in the order in which they ended.
       failed: The innermost module that an exception passed through.
     """
 
-    def __init__(self, offsets: tuple[Arrays, Arrays] | None = None) -> None:
-        self.inputs: Arrays = {}
-        self.outputs: Arrays = {}
-        self.calls: dict[str, Call] = {}
+    def __init__(self) -> None:
         self.failed: str | None = None
-        self.offsets = offsets or ({}, {})
-        self._open: set[tuple[str, str]] = set()
-        self._begun = 0
-        self._counts: dict[str, int] = {}
-        self._trace = _flax_private.trace_state()
+        self._open: dict[str, int] = {}
+        self._numbers = itertools.count()
         self._hosts: list[str] = []
-        self._paths: dict[int, str] = {}
 
     def call(
         self, path: str, cls: str, method: str, fn: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Calls a method and records it, unless it belongs to another trace."""
-        if (path, method) in self._open or _flax_private.trace_state() != self._trace:
-            return fn(*args, **kwargs)
+        """Calls a method and tags its arguments and its result."""
         name = path if method == "__call__" else f"{path}.{method}"
-        self._open.add((path, method))
+        around = self._open.get(name)
+        tag = Tag(next(self._numbers), name, cls, "input", inside=around)
+        self._open[name] = tag.number
         try:
-            self._begun += 1
-            count = self._counts[name] = self._counts.get(name, 0) + 1
-            name = name if count == 1 else f"{name} (call {count})"
-            begun, ended = self._begun, len(self.calls)
-            args, kwargs = self._note(name, (args, kwargs), self.inputs, self.offsets[0])
-            y = self._note(name, fn(*args, **kwargs), self.outputs, self.offsets[1])
+            args, kwargs = _all_tagged((args, kwargs), tag)
+            return _all_tagged(fn(*args, **kwargs), dataclasses.replace(tag, part="output"))
         except Exception:
             self.failed = path if self.failed is None else self.failed
             raise
         finally:
-            self._open.remove((path, method))
-        self.calls[name] = Call(cls, begun, ended)
-        return y
+            if around is None:
+                del self._open[name]
+            else:
+                self._open[name] = around
 
-    def _note(self, name: str, tree: Any, arrays: Arrays, offsets: Arrays) -> Any:
-        def note(path: Any, leaf: Any) -> Any:
-            if not isinstance(leaf, jax.Array):
-                return leaf
-            where = jax.tree_util.keystr(path, simple=True, separator=".")
-            key = f"{name} [{where}]" if where else name
-            leaf = leaf + offsets[key] if key in offsets else leaf
-            arrays[key] = leaf
-            return leaf
-
-        # Modules and streams among the arguments are written by the call: they stay themselves.
-        return jax.tree_util.tree_map_with_path(note, tree, is_leaf=_is_object)
+    def sown(self, path: str, cls: str, name: str, value: Any) -> None:
+        """Tags the value that a module sows."""
+        where = f"{path}/{name}".strip("/")
+        _all_tagged(value, Tag(next(self._numbers), where, cls, "sown"))
 
     @contextlib.contextmanager
     def watching(self, model: nnx.Module | None = None) -> Iterator[None]:
-        """Records the calls of Linen modules and of those of `model`."""
+        """Records the calls of Linen modules and of those of `model`, which is a copy to use up."""
         modules: list[nnx.Module] = []
         for path, module in nnx.iter_modules(model, graph=True) if model is not None else ():
             if isinstance(module, Node) and not isinstance(module, Host):
                 continue
-            self._paths[id(module)] = "/".join(map(str, path))
+            setattr(module, _WHERE, _Where("/".join(map(str, path))))
             modules.append(module)
         token = _RECORDER.set(self)
         try:
-            with nn.intercept_methods(_linen_call), intercepting(modules, is_method, _nnx_call):
+            with (
+                nn.intercept_methods(_linen_call),
+                _linen_private.sows_told_to(_linen_sow),
+                intercepting(modules, is_method, _nnx_call, also=("sow",)),
+            ):
                 yield
         finally:
             _RECORDER.reset(token)
@@ -124,25 +119,45 @@ class Recorder:
         """Records the call of a Linen module."""
         if context.method_name == "setup" or not is_method(context.module, context.method_name):
             return call(*args, **kwargs)
-        inner = () if context.module.scope is None else context.module.path
-        path = "/".join([*self._hosts[-1:], *inner]).strip("/")
         cls = type(context.module).__name__
+        path = self.path_of(context.module)
         return self.call(path, cls, context.method_name, call, args, kwargs)
+
+    def path_of(self, module: nn.Module) -> str:
+        """The path of a Linen module, below the host that runs it."""
+        inner = () if module.scope is None else module.path
+        return "/".join([*self._hosts[-1:], *inner]).strip("/")
 
     def native(self, module: nnx.Module, name: str, call: Any, args: Any, kwargs: Any) -> Any:
         """Records the call of an NNX module."""
-        path = self._paths.get(id(module))
-        if path is None:
-            # A copy that a transform has made.
+        where = getattr(module, _WHERE, None)
+        if where is None:
+            # It was made during the call.
             return call(*args, **kwargs)
         if not isinstance(module, Host):
-            return self.call(path, type(module).__name__, name, call, args, kwargs)
+            return self.call(where.path, type(module).__name__, name, call, args, kwargs)
         # Of a host the calls of its Linen modules count.
-        self._hosts.append(path)
+        self._hosts.append(where.path)
         try:
             return call(*args, **kwargs)
         finally:
             self._hosts.pop()
+
+
+class _Where:
+    """The path of a module; equal to any other, so that equal modules stay equal.
+
+    Models stack the states of equal layers, and need for it that they are of one structure.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Where)
+
+    def __hash__(self) -> int:
+        return hash(_Where)
 
 
 _RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -155,11 +170,35 @@ def _linen_call(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     )
 
 
+def _linen_sow(module: nn.Module, name: str, value: Any) -> None:
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder.sown(recorder.path_of(module), type(module).__name__, name, value)
+
+
 def _nnx_call(module: nnx.Module, name: str, call: Any, args: Any, kwargs: Any) -> Any:
     recorder = _RECORDER.get()
     if recorder is None:
         return call(*args, **kwargs)
-    return recorder.native(module, name, call, args, kwargs)
+    if name != "sow":
+        return recorder.native(module, name, call, args, kwargs)
+    given = inspect.signature(nnx.Module.sow).bind(module, *args, **kwargs).arguments
+    where = getattr(module, _WHERE, None)
+    if where is not None:
+        recorder.sown(where.path, type(module).__name__, given["name"], given["value"])
+    # Where nobody listens, `sow` of NNX warns, and keeps the value in the module.
+    return False if _flax_private.captured(module) is None else call(*args, **kwargs)
+
+
+def _all_tagged(tree: Any, tag: Tag) -> Any:
+    def with_tag(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        return tagged(leaf, dataclasses.replace(tag, leaf=where))
+
+    # Modules and streams among the arguments are written by the call: they stay themselves.
+    return jax.tree_util.tree_map_with_path(with_tag, tree, is_leaf=_is_object)
 
 
 def _is_object(x: Any) -> bool:

@@ -384,8 +384,8 @@ FAULTS = [
     Fault(
         "the gradient with respect to inputs is that of parameters",
         "nnx_bridge/equivalence/_measures.py",
-        "parameters, inputs, (layer_inputs, layer_outputs) = gradients",
-        "inputs, parameters, (layer_inputs, layer_outputs) = gradients",
+        "(parameters, inputs), (outputs, after) = grad(data.parameters, data.primals)",
+        "(inputs, parameters), (outputs, after) = grad(data.parameters, data.primals)",
         "tests/nnx_bridge/equivalence/test_check.py",
     ),
     Fault(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from nnx_bridge._linen_private import keys_from
+from nnx_bridge._linen_private import keys_from, sows_told_to
 from tests.helpers import assert_trees_equal
 
 X = jnp.ones((4, 8))
@@ -77,3 +77,22 @@ def test_another_thread_draws_its_own_keys() -> None:
         thread.join()
     assert not count
     assert_trees_equal(found[0], expected)
+
+
+class _Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow("intermediates", "twice", 2 * x)
+        return x
+
+
+@pytest.mark.parametrize("mutable", [False, ["intermediates"]], ids=["not kept", "kept"])
+def test_what_is_sown_is_told_whether_it_is_kept_or_not(mutable: list[str] | bool) -> None:
+    told: list[object] = []
+    expected = _Sowing().apply({}, X, mutable=mutable)
+    with sows_told_to(lambda *what: told.append(what)):
+        assert_trees_equal(_Sowing().apply({}, X, mutable=mutable), expected)
+    _Sowing().apply({}, X)
+    ((module, name, value),) = told  # type: ignore[misc]
+    assert (type(module), name) == (_Sowing, "twice")
+    assert_trees_equal(value, 2 * X)

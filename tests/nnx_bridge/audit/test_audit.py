@@ -197,6 +197,70 @@ def test_classes_of_one_name_in_two_files_are_two(tmp_path: Path) -> None:
     assert used.endswith("a.Head")
 
 
+def modules_of(folder: Path, **files: str) -> set[str]:
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return {cls.name for cls in inspect(folder).classes}
+
+
+@pytest.mark.parametrize(
+    ("head", "base"),
+    [
+        ("import flax.linen as nn", "nn.Module"),
+        ("from flax import linen", "linen.Module"),
+        ("import flax", "flax.linen.Module"),
+        ("from flax.linen import Module as M", "M"),
+        ("from flax.linen import *", "Module"),
+        ("from flax import linen as nn\nBase = nn.Module", "Base"),
+        ("from flax import linen as nn", "Generic, nn.RNNCellBase"),
+        ("from flax.linen import Dense", "Dense"),
+    ],
+)
+def test_a_linen_module_is_known_however_it_is_imported(
+    tmp_path: Path, head: str, base: str
+) -> None:
+    assert modules_of(tmp_path, a=f"{head}\nclass A({base}): pass\n") == {"A"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["from equinox import Module", "import equinox\nModule = equinox.Module", "class Module: pass"],
+)
+def test_a_class_called_module_of_something_else_is_none(tmp_path: Path, head: str) -> None:
+    linen = "from flax import linen as nn\nclass Module(nn.Module): pass\n"
+    other = f"import flax\n{head}\nclass Other(Module): pass\n"
+    assert modules_of(tmp_path, mine=linen, other=other) == {"Module"}
+
+
+@pytest.mark.parametrize(
+    ("head", "base"),
+    [
+        ("from .base import Block", "Block"),
+        ("from .base import Block as Base", "Base"),
+        ("from . import base as layers", "layers.Block"),
+        ("from .base import *", "Block"),
+        ("from project.base import Block", "Block"),
+        ("import project.base", "project.base.Block"),
+        ("from .passing import Passed", "Passed"),
+        ("from .base import Block\nBase = Block", "Base"),
+        ("from .base import Block", "Block[int]"),
+    ],
+)
+def test_a_base_in_another_file_is_followed(tmp_path: Path, head: str, base: str) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    found = modules_of(
+        project,
+        base="from flax import linen as nn\nclass Block(nn.Module): pass\n",
+        passing="from .base import Block as Passed\n",
+        unlike="import flax\nclass Block: pass\nclass Plain(Block): pass\n",
+        mine=f"{head}\nclass Mine({base}):\n  def f(self): return {base}()\n",
+    )
+    assert found == {"Block", "Mine"}
+    (mine,) = (cls for cls in inspect(project).classes if cls.name == "Mine")
+    assert mine.uses == ("Block",)
+
+
 def test_what_is_in_a_class_inside_of_another_is_counted_once(tmp_path: Path) -> None:
     file = tmp_path / "nested.py"
     file.write_text(

@@ -331,3 +331,19 @@ def test_a_field_that_is_given_says_the_mode_although_there_is_an_argument() -> 
     reference = nn.BatchNorm(use_running_average=True, momentum=0.99)
     report = assert_equivalent(reference, model, X, seeds=1, steps=1)
     assert {row.route for row in report.rows} == {"prediction", "training"}
+
+
+class Counted(nn.Module):
+    """Gives a number of Python beside an array."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, int]]:
+        return nn.Dense(3)(x), {"count": self.count}
+
+
+def test_numbers_of_python_are_compared_too() -> None:
+    report = compare(Counted(1), Counted(2), X, seeds=1, steps=1)
+    assert ("output", "1/count") in {(row.what, row.path) for row in report.failures}
+    assert_equivalent(Counted(1), Counted(1), X, seeds=1, steps=1)

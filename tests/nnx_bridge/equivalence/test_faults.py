@@ -102,3 +102,29 @@ def test_weights_that_were_loaded_into_each_others_place_are_named() -> None:
         ("variable", "params/layers/1/kernel"),
     ]
     assert report.parting is not None and "load the weights" in report.parting.reason
+
+
+BF16 = jnp.bfloat16
+
+
+def test_a_fault_below_the_noise_of_bfloat16_is_found_in_float64() -> None:
+    model = m.MlpRewrite(nnx.Rngs(0), dtype=BF16, epsilon=1e-5)
+    report = compare(m.Mlp(BF16), model, X, kwargs={"train": False}, seeds=1, steps=1)
+    assert {row.route for row in report.failures} == {"prediction in float64"}
+    assert report.parting is not None
+    assert report.parting.path == "LayerNorm_0"
+
+
+class Gelu(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.gelu(nn.Dense(8, dtype=BF16)(x).astype(self.dtype)).astype(BF16)
+        return nn.Dense(3, dtype=BF16)(h)
+
+
+def test_a_constant_that_is_rounded_otherwise_is_no_fault() -> None:
+    report = compare(Gelu(BF16), Gelu(jnp.float32), X, seeds=1, steps=1)
+    report.assert_equal()
+    assert "Gelu in float64" in {row.route for row in report.rows}
