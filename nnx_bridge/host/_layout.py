@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path
+from nnx_bridge.host._values import leaves, map_leaves
 
 Shapes = tuple[tuple[str, Any], ...]
 
@@ -73,7 +74,7 @@ class Layout:
 
         def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path, method = path_of(context.module), context.method_name
-            if path is None or method in NOT_CALLED:
+            if path is None or not is_called(context.module, method):
                 return call(*args, **kwargs)
             arguments = shapes((args, kwargs))
             result = call(*args, **kwargs)
@@ -127,8 +128,13 @@ class Layout:
         return [p[-1] for p in self.submodules if len(p) == depth + 1 and p[:depth] == path]
 
 
-# Flax runs these by itself, to set a module up and to see whether it can be.
-NOT_CALLED = ("setup", "<lambda>")
+def is_called(module: nn.Module, name: str) -> bool:
+    """Whether what runs on a module under this name is one of its methods, called by the model.
+
+    Flax itself runs `setup`. A function that a transform runs on the module, such as the body of an
+    RNN's `nn.scan`, is seen like a method, but belongs to who wrote the transform.
+    """
+    return name != "setup" and hasattr(type(module), name)
 
 
 def path_of(module: Any) -> Path | None:
@@ -148,11 +154,7 @@ def path_of(module: Any) -> Path | None:
 
 def shapes(tree: Any) -> Shapes:
     """The shapes of the arrays of a pytree by their paths; None for what is no array."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return tuple(
-        (jax.tree_util.keystr(path), np.shape(x) if hasattr(x, "shape") else None)
-        for path, x in leaves
-    )
+    return tuple((path, np.shape(x) if hasattr(x, "shape") else None) for path, x in leaves(tree))
 
 
 def unbound(module: nn.Module) -> Submodule:
@@ -203,7 +205,7 @@ def given_module(module: nn.Module, path: Path) -> nn.Module | None:
     waiting = [module]
     while waiting:
         values = [value for _, value in _fields(waiting.pop())]
-        for inner in filter(_is_module, jax.tree.leaves(values, is_leaf=_is_module)):
+        for inner in _modules_in(values):
             if path_of(inner) == path:
                 return inner
             waiting.append(inner)
@@ -236,8 +238,7 @@ def _released(value: Any, own: Path, made: dict[int, nn.Module]) -> Any:
 def _below(module: nn.Module) -> list[nn.Module]:
     """The modules among the attributes of a bound module that are bound below it."""
     own = path_of(module) or ()
-    values = jax.tree.leaves(list(vars(module).values()), is_leaf=_is_module)
-    bound = [(path_of(m), m) for m in values if _is_module(m)]
+    bound = [(path_of(m), m) for m in _modules_in(list(vars(module).values()))]
     return [m for p, m in bound if p is not None and len(p) > len(own) and p[: len(own)] == own]
 
 
@@ -258,11 +259,11 @@ def _fields(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _map_modules(value: Any, fn: Callable[[Any], Any]) -> Any:
     """``fn`` of the leaves of a field; the same object where nothing changes."""
-    leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: x is None or _is_module(x))
-    mapped = [fn(leaf) for leaf in leaves]
-    if all(a is b for a, b in zip(leaves, mapped, strict=True)):
-        return value
-    return jax.tree.unflatten(treedef, mapped)
+    return map_leaves(fn, value, is_leaf=lambda x: x is None or _is_module(x))
+
+
+def _modules_in(values: Any) -> list[nn.Module]:
+    return [x for _, x in leaves(values, is_leaf=_is_module) if _is_module(x)]
 
 
 def _is_module(x: Any) -> bool:

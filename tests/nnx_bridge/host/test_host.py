@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import jax
@@ -275,6 +276,40 @@ def test_a_module_that_cannot_be_hashed_is_hosted_and_compiled() -> None:
 
     model = Host.init(HasList(Config()), KEYS, X)
     assert nnx.jit(lambda model, x: model(x))(model, X).shape == (4, 2)
+
+
+class Axis(enum.Enum):
+    """Keys that have no order, so that JAX cannot flatten a dict of them."""
+
+    ROWS = 0
+    COLUMNS = 1
+
+
+class Keyed(nn.Module):
+    """A dict with such keys in a field, in an argument and in a result."""
+
+    widths: dict[Axis, int]
+
+    @nn.compact
+    def __call__(self, xs: dict[Axis, jax.Array]) -> dict[Axis, jax.Array]:
+        return {axis: nn.Dense(width)(xs[axis]) for axis, width in self.widths.items()}
+
+
+class OfKeyed(nn.Module):
+    """Passes such a dict to its submodule."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        keyed = Keyed({Axis.ROWS: 2, Axis.COLUMNS: 2}, name="keyed")
+        return sum(keyed({Axis.ROWS: x, Axis.COLUMNS: 2 * x}).values())
+
+
+def test_keys_of_dicts_need_no_order() -> None:
+    model = Host.init(OfKeyed(), KEYS, X)
+    assert set(model.keyed.widths) == set(Axis)
+    assert_trees_equal(model(X), OfKeyed().apply(unhost(model)[1], X))
+    first = model.keyed({Axis.ROWS: X, Axis.COLUMNS: X})[Axis.ROWS]
+    assert_trees_equal(first, model.keyed.Dense_0(X))
 
 
 def test_a_class_instead_of_a_module_is_an_error() -> None:

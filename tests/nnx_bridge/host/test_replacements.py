@@ -15,7 +15,7 @@ from flax import nnx
 import lifted
 import nnx_bridge
 from nnx_bridge import Host
-from tests.helpers import assert_trees_close, assert_trees_equal, strict, total
+from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict, total
 from tests.nnx_bridge.host.models import KEYS, Around, Block, Carries, Net, Scanned, X
 
 
@@ -83,6 +83,26 @@ def test_linens_scan_slices_the_replacement() -> None:
     assert all(model.layers.norm.mean.get_value().any(axis=1))
     grads = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
     assert grads["layers"]["dense"]["kernel"].get_value().shape == (3, 4, 4)
+
+
+class Cell(nnx.Module):
+    """A native cell, of which `nn.RNN` calls nothing but `__call__`."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.i, self.h = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+
+    def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = jnp.tanh(self.i(x) + self.h(carry))
+        return carry, carry
+
+
+def test_the_cell_of_an_rnn() -> None:
+    x = normal(2, 3, 4)
+    model = Host.init(nn.RNN(nn.SimpleCell(3)), KEYS, x)
+    before, old = model(x), model.cell
+    model.cell = Cell(nnx.Rngs(0))
+    nnx.update(model.cell, nnx.state(old))
+    assert_trees_close(model(x), before)
 
 
 def test_gradients_are_those_of_the_native_module() -> None:
