@@ -154,7 +154,9 @@ def path_of(module: Any) -> Path | None:
 
 def shapes(tree: Any) -> Shapes:
     """The shapes of the arrays of a pytree by their paths; None for what is no array."""
-    return tuple((path, np.shape(x) if hasattr(x, "shape") else None) for path, x in leaves(tree))
+    # A module among them is not asked for a shape: that would run its `setup`.
+    known = lambda x: not _is_module(x) and hasattr(x, "shape")  # noqa: E731
+    return tuple((path, np.shape(x) if known(x) else None) for path, x in leaves(tree))
 
 
 def unbound(module: nn.Module) -> Submodule:

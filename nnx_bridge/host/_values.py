@@ -33,18 +33,17 @@ def leaves(tree: Any, is_leaf: IsLeaf = lambda _: False) -> Iterator[tuple[str, 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any, is_leaf: IsLeaf) -> Any:
     """``fn`` of the leaves of a pytree; the same object where nothing changes."""
-    treedef = None
     if _is_dict(tree):
         parts = list(tree.values())
         mapped = [map_leaves(fn, x, is_leaf) for x in parts]
-    else:
-        parts, treedef = jax.tree.flatten(tree, is_leaf=lambda x: is_leaf(x) or _is_dict(x))
-        mapped = [map_leaves(fn, x, is_leaf) if _is_dict(x) else fn(x) for x in parts]
-    if all(a is b for a, b in zip(parts, mapped, strict=True)):
-        return tree
-    if treedef is None:
-        return type(tree)(zip(tree, mapped, strict=True))
-    return jax.tree.unflatten(treedef, mapped)
+        return tree if _same(parts, mapped) else type(tree)(zip(tree, mapped, strict=True))
+    parts, treedef = jax.tree.flatten(tree, is_leaf=lambda x: is_leaf(x) or _is_dict(x))
+    mapped = [map_leaves(fn, x, is_leaf) if _is_dict(x) else fn(x) for x in parts]
+    return tree if _same(parts, mapped) else jax.tree.unflatten(treedef, mapped)
+
+
+def _same(before: list[Any], after: list[Any]) -> bool:
+    return all(a is b for a, b in zip(before, after, strict=True))
 
 
 def _is_dict(x: Any) -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import given
 
 from nnx_bridge import Host, Node, unhost
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_same_program, assert_trees_equal
 from tests.strategies import linen_variables
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -276,6 +276,36 @@ def test_a_module_that_cannot_be_hashed_is_hosted_and_compiled() -> None:
 
     model = Host.init(HasList(Config()), KEYS, X)
     assert nnx.jit(lambda model, x: model(x))(model, X).shape == (4, 2)
+
+
+class Later(nn.Module):
+    """Has parameters that its `setup` makes, which Linen runs when a method is called."""
+
+    def setup(self) -> None:
+        self.scale = self.param("scale", nn.initializers.normal(), (4,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.scale * x
+
+
+class Helped(nn.Module):
+    """Has a method that returns a submodule."""
+
+    def make(self) -> nn.Module:
+        return Later(name="later")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        later = self.make()
+        return later(jnp.sin(x))
+
+
+def test_watching_a_model_does_not_run_its_setup_earlier() -> None:
+    assert_same_program(
+        lambda x: unhost(Host.init(Helped(), KEYS["params"], x))[1],
+        lambda x: Helped().init(KEYS["params"], x),
+        X,
+    )
 
 
 class Axis(enum.Enum):
