@@ -81,6 +81,8 @@ def _replaced(
         return run
 
     slots = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    # That of a dataclass would be made anew, but this one may have been wrapped.
+    slots["__init__"] = inspect.getattr_static(kind, "__init__")
     made = type(kind.__name__, (kind,), {**slots, **{n: method(n) for n in _methods(kind)}})
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     of_module: nn.Module = made(**fields)

@@ -282,7 +282,7 @@ class Later(nn.Module):
     """Has parameters that its `setup` makes, which Linen runs when a method is called."""
 
     def setup(self) -> None:
-        self.scale = self.param("scale", nn.initializers.normal(), (4,))
+        self.scale = self.param("scale", nn.initializers.normal(), ())
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.scale * x

@@ -105,6 +105,36 @@ def test_the_cell_of_an_rnn() -> None:
     assert_trees_close(model(x), before)
 
 
+def remembers_its_fields(kind: Any) -> Any:
+    """A class decorator that wraps the constructor, as libraries do that save configurations."""
+    init = kind.__init__
+
+    def wrapped(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **fields)
+        object.__setattr__(self, "config", dict(fields))
+
+    kind.__init__ = wrapped
+    return kind
+
+
+@remembers_its_fields
+class Configured(nn.Module):
+    """Reads its fields from what its constructor has kept."""
+
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.config["width"], name="out")(x)
+
+
+def test_the_way_back_keeps_a_constructor_that_was_wrapped() -> None:
+    model = hosted(Configured(width=2))
+    model.out = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.apply(variables, X), model(X))
+
+
 def test_gradients_are_those_of_the_native_module() -> None:
     model = migrated()
     model.layers_0.eval()
