@@ -154,6 +154,7 @@ def _of_method(call: ast.Call, source: Source, module: str) -> Iterator[Finding]
         and isinstance(function, ast.Attribute)
         and isinstance(function.value, ast.Name)
         and function.value.id == "self"
+        and not function.attr.startswith("_")  # `self.__call__(x)` is Python's.
         and hasattr(nn.Module, function.attr)
     ):
         return

@@ -122,7 +122,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         *args: Any,
         method: Method = None,
         mutable: CollectionFilter | None = None,
-        training: Mapping[str, bool] | None = None,
+        training: Mapping[str, bool] | Any = None,
         **kwargs: Any,
     ) -> Host:
         """A host with new variables, the numbers those of `module.init(rngs, *args, **kwargs)`.
@@ -137,7 +137,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
           *args: Sample inputs.
           method: The method to run, as for `module.init`.
           mutable: See `Host`.
-          training: See `Host`.
+          training: See `Host`; what is no mapping is the argument `training` of the module.
           **kwargs: Sample inputs by keyword.
 
         Raises:
@@ -150,6 +150,8 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
             (3,)
         """
         check_linen_module(module)
+        if not (training is None or isinstance(training, Mapping)):
+            kwargs, training = {**kwargs, "training": training}, None
         keys = draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
         layout = Layout()
         with layout.watching():

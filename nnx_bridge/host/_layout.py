@@ -23,6 +23,7 @@ from flax import linen as nn
 from lifted._errors import path_text
 from nnx_bridge._collections import Path, Variables, flatten
 from nnx_bridge.host._marks import has_mark, new_mark
+from nnx_bridge.host._values import leaves, map_leaves
 
 Shapes = tuple[tuple[str, Any], ...]
 
@@ -80,7 +81,7 @@ class Layout:
             path, method = path_of(context.module), context.method_name
             if (
                 path is None
-                or method in NOT_CALLED
+                or not is_called(context.module, method)
                 or not has_mark(context.module.scope, self.mark)
             ):
                 return call(*args, **kwargs)
@@ -140,8 +141,13 @@ class Layout:
         return [p[-1] for p in self.submodules if len(p) == depth + 1 and p[:depth] == path]
 
 
-# Flax runs these by itself, to set a module up and to see whether it can be.
-NOT_CALLED = ("setup", "<lambda>")
+def is_called(module: nn.Module, name: str) -> bool:
+    """Whether what runs on a module under this name is one of its methods, called by the model.
+
+    Flax itself runs `setup`. A function that a transform runs on the module, such as the body of an
+    RNN's `nn.scan`, is seen like a method, but belongs to who wrote the transform.
+    """
+    return name != "setup" and hasattr(type(module), name)
 
 
 def path_of(module: Any) -> Path | None:
@@ -161,11 +167,9 @@ def path_of(module: Any) -> Path | None:
 
 def shapes(tree: Any) -> Shapes:
     """The shapes of the arrays of a pytree by their paths; None for what is no array."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return tuple(
-        (jax.tree_util.keystr(path), np.shape(x) if hasattr(x, "shape") else None)
-        for path, x in leaves
-    )
+    # A module among them is not asked for a shape: that would run its `setup`.
+    known = lambda x: not _is_module(x) and hasattr(x, "shape")  # noqa: E731
+    return tuple((path, np.shape(x) if known(x) else None) for path, x in leaves(tree))
 
 
 def unbound(module: nn.Module) -> Submodule:
@@ -223,7 +227,7 @@ def given_module(module: nn.Module, path: Path) -> nn.Module | None:
     waiting = [module]
     while waiting:
         values = [value for _, value in _fields(waiting.pop())]
-        for inner in filter(_is_module, jax.tree.leaves(values, is_leaf=_is_module)):
+        for inner in _modules_in(values):
             if path_of(inner) == path:
                 return inner
             waiting.append(inner)
@@ -256,8 +260,7 @@ def _released(value: Any, own: Path, made: dict[int, nn.Module]) -> Any:
 def below(module: nn.Module) -> list[nn.Module]:
     """The modules among the attributes of a bound module that are bound below it."""
     own = path_of(module) or ()
-    values = jax.tree.leaves(list(vars(module).values()), is_leaf=_is_module)
-    bound = [(path_of(m), m) for m in values if _is_module(m)]
+    bound = [(path_of(m), m) for m in _modules_in(list(vars(module).values()))]
     return [m for p, m in bound if p is not None and len(p) > len(own) and p[: len(own)] == own]
 
 
@@ -278,11 +281,11 @@ def _fields(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _map_modules(value: Any, fn: Callable[[Any], Any]) -> Any:
     """``fn`` of the leaves of a field; the same object where nothing changes."""
-    leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: x is None or _is_module(x))
-    mapped = [fn(leaf) for leaf in leaves]
-    if all(a is b for a, b in zip(leaves, mapped, strict=True)):
-        return value
-    return jax.tree.unflatten(treedef, mapped)
+    return map_leaves(fn, value, is_leaf=lambda x: x is None or _is_module(x))
+
+
+def _modules_in(values: Any) -> list[nn.Module]:
+    return [x for _, x in leaves(values, is_leaf=_is_module) if _is_module(x)]
 
 
 def _is_module(x: Any) -> bool:

@@ -20,12 +20,13 @@ from typing import Any
 from flax import linen as nn
 
 from nnx_bridge._collections import Path
-from nnx_bridge.host._layout import NOT_CALLED, path_of
+from nnx_bridge.host._layout import is_called, path_of
 from nnx_bridge.host._marks import has_mark
 
 # The names by which Linen models ask for the mode, with their values in training.
 NAMES = {
     **dict.fromkeys(("train", "training", "is_training", "is_train", "train_mode"), True),
+    "enable_dropout": True,
     **dict.fromkeys(("deterministic", "use_running_average", "inference", "inference_mode"), False),
     **dict.fromkeys(("is_inference", "eval", "eval_mode", "is_eval", "evaluate"), False),
 }
@@ -126,7 +127,7 @@ def in_modes(
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         path = path_of(module)
-        if path is None or path not in modes or name in NOT_CALLED:
+        if path is None or path not in modes or not is_called(module, name):
             return call(*args, **kwargs)
         if not has_mark(module.scope, mark):
             return call(*args, **kwargs)

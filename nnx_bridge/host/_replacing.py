@@ -11,7 +11,7 @@ from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
-from nnx_bridge.host._layout import NOT_CALLED, Layout, path_of, shapes
+from nnx_bridge.host._layout import Layout, is_called, path_of, shapes
 from nnx_bridge.host._marks import has_mark
 from nnx_bridge.host._replacement import Replacement, listing
 
@@ -45,7 +45,7 @@ def replacing(
             return call(*args, **kwargs)
         if name == "setup":
             return _set_up(call, context.module.scope)
-        if name in NOT_CALLED:
+        if not is_called(context.module, name):
             return call(*args, **kwargs)
         running = True
         try:

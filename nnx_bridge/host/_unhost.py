@@ -81,6 +81,8 @@ class Migration:
         self._marks = [hash(tuple(of_replacements.items()))]
         self._places = places(of_replacements)
         slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+        # That of a dataclass would be made anew, but this one may have been wrapped.
+        slots["__init__"] = inspect.getattr_static(kind, "__init__")
         slots["_migration"] = self
         slots["__reduce__"] = lambda module: (_empty, (self,), module.__getstate__())
         slots |= {name: self._method(getattr(kind, name)) for name in _methods(kind)}

@@ -309,3 +309,14 @@ def test_the_table_begins_with_the_summary(read: Audit, traced: Audit) -> None:
         assert f"{len(audit.findings)} uses of Linen" in text.splitlines()[0]
         assert text.index("What is used") < text.index("in an order to rewrite them")
         assert "nnx_bridge.compat.LayerNorm" in text
+
+
+def test_methods_that_python_calls_are_no_uses(tmp_path: Path) -> None:
+    file = tmp_path / "models.py"
+    file.write_text(
+        "from flax import linen as nn\n"
+        "class Model(nn.Module):\n"
+        "    def encode(self, x):\n"
+        "        return self.__call__(x)\n"
+    )
+    assert inspect(file).findings == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from hypothesis import given
 
 from nnx_bridge import Host, Node, unhost
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_same_program, assert_trees_equal
 from tests.strategies import linen_variables
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -275,6 +276,70 @@ def test_a_module_that_cannot_be_hashed_is_hosted_and_compiled() -> None:
 
     model = Host.init(HasList(Config()), KEYS, X)
     assert nnx.jit(lambda model, x: model(x))(model, X).shape == (4, 2)
+
+
+class Later(nn.Module):
+    """Has parameters that its `setup` makes, which Linen runs when a method is called."""
+
+    def setup(self) -> None:
+        self.scale = self.param("scale", nn.initializers.normal(), ())
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.scale * x
+
+
+class Helped(nn.Module):
+    """Has a method that returns a submodule."""
+
+    def make(self) -> nn.Module:
+        return Later(name="later")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        later = self.make()
+        return later(jnp.sin(x))
+
+
+def test_watching_a_model_does_not_run_its_setup_earlier() -> None:
+    assert_same_program(
+        lambda x: unhost(Host.init(Helped(), KEYS["params"], x))[1],
+        lambda x: Helped().init(KEYS["params"], x),
+        X,
+    )
+
+
+class Axis(enum.Enum):
+    """Keys that have no order, so that JAX cannot flatten a dict of them."""
+
+    ROWS = 0
+    COLUMNS = 1
+
+
+class Keyed(nn.Module):
+    """A dict with such keys in a field, in an argument and in a result."""
+
+    widths: dict[Axis, int]
+
+    @nn.compact
+    def __call__(self, xs: dict[Axis, jax.Array]) -> dict[Axis, jax.Array]:
+        return {axis: nn.Dense(width)(xs[axis]) for axis, width in self.widths.items()}
+
+
+class OfKeyed(nn.Module):
+    """Passes such a dict to its submodule."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        keyed = Keyed({Axis.ROWS: 2, Axis.COLUMNS: 2}, name="keyed")
+        return sum(keyed({Axis.ROWS: x, Axis.COLUMNS: 2 * x}).values())
+
+
+def test_keys_of_dicts_need_no_order() -> None:
+    model = Host.init(OfKeyed(), KEYS, X)
+    assert set(model.keyed.widths) == set(Axis)
+    assert_trees_equal(model(X), OfKeyed().apply(unhost(model)[1], X))
+    first = model.keyed({Axis.ROWS: X, Axis.COLUMNS: X})[Axis.ROWS]
+    assert_trees_equal(first, model.keyed.Dense_0(X))
 
 
 def test_a_class_instead_of_a_module_is_an_error() -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import nnx_bridge
 from nnx_bridge import Host
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_equal, normal
 from tests.nnx_bridge.host.models import KEYS, Block, Net, X
 
 
@@ -178,3 +178,38 @@ def test_a_model_without_a_mode_sets_that_of_its_layers() -> None:
     assert not (model(X, rngs=KEYS) == 0).any()
     model.train()
     assert (model(X, rngs=KEYS) == 0).any()
+
+
+class Recurrent(nn.Module):
+    """Has no mode itself, and a cell that `nn.RNN` calls in a function of its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.RNN(nn.SimpleCell(3))(x)
+        return nn.Dropout(0.5, deterministic=True)(x)
+
+
+def test_functions_that_transforms_run_on_a_module_have_no_mode() -> None:
+    x = normal(2, 3, 4)
+    model = Host.init(Recurrent(), KEYS, x)
+    model.eval()
+    settled = model(x)
+    model.train()
+    dropped = model(x)
+    assert_trees_equal(jnp.where(dropped == 0, 0, dropped), jnp.where(dropped == 0, 0, 2 * settled))
+    assert (dropped == 0).any()
+
+
+class Trains(nn.Module):
+    """Its argument has the name of one of ours."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+        return nn.BatchNorm()(x, use_running_average=not training)
+
+
+def test_sample_inputs_may_hold_an_argument_called_training() -> None:
+    model = Host.init(Trains(), KEYS, X, training=False)
+    assert model.training_arguments == {"training": True}
+    chosen = Host.init(Trains(), KEYS, X, training=True)
+    assert_trees_equal(model(X, training=True), chosen(X, True))

@@ -16,7 +16,7 @@ from flax import nnx
 import lifted
 import nnx_bridge
 from nnx_bridge import Host
-from tests.helpers import assert_trees_close, assert_trees_equal, strict, total
+from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict, total
 from tests.nnx_bridge.host.models import KEYS, Around, Block, Carries, Net, Scanned, X
 
 
@@ -84,6 +84,56 @@ def test_linens_scan_slices_the_replacement() -> None:
     assert all(model.layers.norm.mean.get_value().any(axis=1))
     grads = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
     assert grads["layers"]["dense"]["kernel"].get_value().shape == (3, 4, 4)
+
+
+class Cell(nnx.Module):
+    """A native cell, of which `nn.RNN` calls nothing but `__call__`."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.i, self.h = nnx.Linear(4, 3, rngs=rngs), nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+
+    def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = jnp.tanh(self.i(x) + self.h(carry))
+        return carry, carry
+
+
+def test_the_cell_of_an_rnn() -> None:
+    x = normal(2, 3, 4)
+    model = Host.init(nn.RNN(nn.SimpleCell(3)), KEYS, x)
+    before, old = model(x), model.cell
+    model.cell = Cell(nnx.Rngs(0))
+    nnx.update(model.cell, nnx.state(old))
+    assert_trees_close(model(x), before)
+
+
+def remembers_its_fields(kind: Any) -> Any:
+    """A class decorator that wraps the constructor, as libraries do that save configurations."""
+    init = kind.__init__
+
+    def wrapped(self: Any, *args: Any, **fields: Any) -> None:
+        init(self, *args, **fields)
+        object.__setattr__(self, "config", dict(fields))
+
+    kind.__init__ = wrapped
+    return kind
+
+
+@remembers_its_fields
+class Configured(nn.Module):
+    """Reads its fields from what its constructor has kept."""
+
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.config["width"], name="out")(x)
+
+
+def test_the_way_back_keeps_a_constructor_that_was_wrapped() -> None:
+    model = hosted(Configured(width=2))
+    model.out = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    module, variables = nnx_bridge.unhost(model)
+    assert_trees_equal(module.apply(variables, X), model(X))
 
 
 def test_gradients_are_those_of_the_native_module() -> None:
