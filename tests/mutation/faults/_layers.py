@@ -52,7 +52,8 @@ FAULTS = [
         "layers/_per_example.py",
         "indices = jnp.arange(count)\n",
         "indices = jnp.arange(count) // together\n",
-        "tests/layers/test_sharding.py::test_every_generator_masks_examples_on_eight_devices_as_on_one",
+        "tests/layers/test_per_example.py"
+        "::test_examples_that_are_taken_together_have_the_masks_of_their_indices",
     ),
     Fault(
         "a sharded batch is taken example by example",
@@ -73,7 +74,7 @@ FAULTS = [
         "layers/_per_example.py",
         "total = jnp.zeros_like(like, dtype=wide_dtype(like.dtype))",
         "total = jnp.zeros_like(like, dtype=like.dtype)",
-        "tests/layers/test_per_example.py::test_half_precision_is_summed_in_float32",
+        "tests/layers/test_per_example.py::test_blocks_of_half_precision_are_rounded_once",
     ),
     Fault(
         "the variance of the moments is without the scale",
