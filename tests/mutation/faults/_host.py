@@ -88,4 +88,12 @@ FAULTS = [
         "            pass\n",
         "tests/nnx_bridge/host/test_replacements.py::test_new_state_in_a_call_is_an_error",
     ),
+    Fault(
+        "init makes what the setup of a replaced module makes",
+        "nnx_bridge/host/_replacing.py",
+        "scope.mutable = False",
+        "pass",
+        "tests/nnx_bridge/host/test_replacements.py"
+        "::test_initialisation_makes_nothing_for_what_is_replaced",
+    ),
 ]
