@@ -61,7 +61,7 @@ test-versions:
 		else echo "no $$python on this machine"; fi; \
 	done
 
-# Some of them: make mutants MUTANTS='captures host'
+# Some of them: make mutants MUTANTS='captures host'; several at a time: MUTANTS='-n 4'
 mutants: $(VENV)/with-test
 	$(BIN)/python -m tests.mutation $(MUTANTS)
 

@@ -1,16 +1,28 @@
-"""The faults of `make mutants` are faults of the code as it is."""
+"""The faults of `make mutants` are faults of the code as it is, in every part of it."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.mutation._fault import ROOT, Fault
-from tests.mutation._faults import FAULTS
+from tests.mutation.faults import FAULTS
+
+PARTS = ["lifted", "layers"] + [
+    f"nnx_bridge/{folder.name}"
+    for folder in sorted((ROOT / "nnx_bridge").iterdir())
+    if (folder / "__init__.py").exists()
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.what}")
 def test_the_fault_can_be_planted(fault: Fault) -> None:
     source = (ROOT / fault.file).read_text(encoding="utf-8")
     assert fault.planted(source) != source
-    named = [word.partition("::")[0] for word in fault.tests.split() if "/" in word]
-    assert named and all((ROOT / name).exists() for name in named)
+    file, _, name = fault.test.partition("::")
+    function = name.partition("[")[0]
+    assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_has_faults(part: str) -> None:
+    assert sum(fault.file.startswith(f"{part}/") for fault in FAULTS) >= 4

@@ -78,9 +78,11 @@ def test_the_layer_holds_a_stream_of_its_own_from_any_source(source):
     assert int(layer.rngs.count[...]) == 1
 
 
-def test_a_stream_is_forked_not_shared():
-    stream = nnx.Rngs(3).default
-    layer = DropConnectLinear(base(), 0.5, rngs=stream)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stream_is_forked_not_shared(whole):
+    rngs = nnx.Rngs(3)
+    stream = rngs.default
+    layer = DropConnectLinear(base(), 0.5, rngs=rngs if whole else stream)
     assert layer.rngs is not stream and int(stream.count[...]) == 1
     layer(X)
     assert int(stream.count[...]) == 1

@@ -36,6 +36,13 @@ def test_each_example_has_the_mask_of_its_index(generator, shape, key):
     np.testing.assert_allclose(layer(x, rngs=key), written_out(layer, x, key), rtol=1e-4, atol=1e-5)
 
 
+def test_examples_that_are_taken_together_have_the_masks_of_their_indices(key):
+    layer, x = make(), jax.random.normal(key, (2 * jax.device_count(), ROWS))
+    # Compiled, the batch may lie on all devices, so as many examples are taken at a time.
+    y = jax.jit(lambda x: layer(x, rngs=key))(x)
+    np.testing.assert_allclose(y, written_out(layer, x, key), rtol=1e-4, atol=1e-5)
+
+
 def test_a_single_example_needs_no_batch_axis(key):
     layer, x = make(), jnp.ones(ROWS)
     np.testing.assert_array_equal(layer(x, rngs=key), layer(x[None], rngs=key)[0])

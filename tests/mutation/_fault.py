@@ -1,4 +1,4 @@
-"""A fault: a small replacement in one file, and the tests that have to fail."""
+"""A fault: a small replacement in one file, and the test that has to fail."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,14 +23,15 @@ class Fault:
       file: path of the file from the root of the project.
       old: text that stands in the file exactly once.
       new: text that takes its place.
-      tests: what is given to pytest to notice it.
+      test: what pytest calls the test that has to fail. The whole suite would notice more; one test
+        that says what is wrong makes it quick to run all faults.
     """
 
     what: str
     file: str
     old: str
     new: str
-    tests: str
+    test: str
 
     def planted(self, source: str) -> str:
         """``source`` with the fault.
@@ -55,17 +57,21 @@ def copy_project(target: Path) -> None:
         shutil.copy(ROOT / name, target / name)
 
 
-def run_tests(project: Path, tests: str) -> tuple[int, str]:
-    """Exit status and output of pytest for ``tests`` in a copy of the project."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
+def run_tests(project: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Exit status and output of pytest in a copy of the project, up to the first test that fails.
+
+    The copies share what JAX has compiled with the project itself.
+    """
+    options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         **os.environ,
         "PYTHONPATH": str(project),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "COLUMNS": "200",  # Of pytest's summary, so that a line of it says what was raised.
     }
     done = subprocess.run(
-        [*command, *tests.split()],
+        [sys.executable, "-m", "pytest", *options, *tests],
         cwd=project,
         env=environment,
         capture_output=True,

@@ -112,6 +112,15 @@ def test_the_classes_of_linen_modules_are_found_and_ordered(read: Audit) -> None
     assert model.uses == ("Block", "Noise", "Recurrent")
 
 
+def test_a_class_comes_after_those_that_it_uses_though_it_is_written_before(tmp_path: Path) -> None:
+    file = tmp_path / "backwards.py"
+    file.write_text(
+        "from flax import linen as nn\nclass A(nn.Module):\n  def f(self): B()\n"
+        "class B(nn.Module):\n  def f(self): C()\nclass C(nn.Module): pass\n"
+    )
+    assert [cls.name for cls in inspect(file).classes] == ["C", "B", "A"]
+
+
 def test_a_setting_known_only_when_the_model_runs_is_reported_as_such(read: Audit) -> None:
     unknown, half, harmless = found(read, "LayerNorm")
     assert (unknown.route, half.route, harmless.route) == ("compat", "compat", "native")
@@ -144,9 +153,18 @@ def test_another_name_for_a_transform_is_followed(read: Audit) -> None:
     assert use.use == "nnx_bridge.transforms.remat"
 
 
-def test_annotations_and_what_both_have_are_no_uses(read: Audit) -> None:
+def test_what_both_have_is_no_use(read: Audit) -> None:
     names = {finding.name for finding in read.findings}
     assert not names & {"Module", "relu", "compact", "initializers", "ones"}
+
+
+def test_annotations_are_no_uses(tmp_path: Path) -> None:
+    file = tmp_path / "annotated.py"
+    file.write_text(
+        "from flax import linen as nn\nclass A(nn.Module):\n  norm: nn.LayerNorm\n"
+        "  def f(self, cell: nn.GRUCell) -> nn.Dense: return nn.Conv(1, 2)\n"
+    )
+    assert [finding.name for finding in inspect(file).findings] == ["Conv"]
 
 
 def test_the_route_of_a_class_is_that_of_its_hardest_part(read: Audit) -> None:

@@ -157,6 +157,23 @@ def test_argnums_and_aux() -> None:
     assert_trees_close(result.grads, nnx.capture(loss)(Plain(nnx.Rngs(0)), X))
 
 
+class Wary(nnx.Module):
+    """Perturbs more where it sees its statistic."""
+
+    def __init__(self) -> None:
+        self.scale, self.seen = nnx.Param(jnp.float32(2)), nnx.BatchStat(jnp.float32(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.perturb("twice", x) if hasattr(self, "seen") else x
+        return self.perturb("once", self.scale[...] * x)
+
+
+@pytest.mark.parametrize("variables", ["params", True])
+def test_what_is_perturbed_is_what_the_visible_variables_lead_to(variables: Any) -> None:
+    result = nnx_bridge.capture_grad(lambda mdl, x: mdl(x), Wary(), 3.0, variables=variables)
+    assert set(result.intermediate_grads) == {"once"} | ({"twice"} if variables is True else set())
+
+
 def test_the_program_has_one_forward_pass() -> None:
     graphdef, state = nnx.split(Plain(nnx.Rngs(0)))
 

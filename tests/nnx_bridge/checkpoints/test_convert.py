@@ -403,14 +403,33 @@ def test_what_has_no_array_is_no_checkpoint_of_a_model(tmp_path: Path) -> None:
         convert(tmp_path / "linen", tmp_path / "nnx")
 
 
-def test_a_structure_that_does_not_fit_is_an_error_that_lists_both_sides(tmp_path: Path) -> None:
+FIRST, SECOND = PARAMS["Dense_0"], PARAMS["Dense_1"]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"Dense_0": FIRST, "Dense_9": SECOND}, "lacks model/Dense_9/bias.*no place for model/Den"),
+        ({**PARAMS, "Dense_9": SECOND}, "^the NNX checkpoint lacks model/Dense_9/bias/value, "),
+        ({"Dense_0": FIRST}, "^the Linen structure has no place for model/Dense_1/bias/value, "),
+    ],
+    ids=["both sides", "too much", "too little"],
+)
+def test_a_structure_that_does_not_fit_is_an_error_that_lists_what_differs(
+    params: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     save(
         tmp_path / "nnx",
         {"model": nnx.state(Small()), "optimizer": {"step": {"value": jnp.uint32(1)}}},
     )
-    other = {"params": {"Dense_0": PARAMS["Dense_0"], "Dense_9": PARAMS["Dense_1"]}, "step": 1}
-    save(tmp_path / "like", {**other, "opt_state": optax.sgd(0.1).init(PARAMS)})
-    with pytest.raises(
-        CheckpointError, match=r"lacks model/Dense_9/bias.*no place for model/Dense_1"
-    ):
+    like = {"params": params, "step": 1, "opt_state": optax.sgd(0.1).init(PARAMS)}
+    save(tmp_path / "like", like)
+    with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "nnx", tmp_path / "linen", like=tmp_path / "like")
+
+
+def test_two_fields_that_would_be_one_in_nnx_are_an_error(tmp_path: Path) -> None:
+    state = _train_state(optax.sgd(0.1))
+    save(tmp_path / "linen", {"state": {**state, "loss": jnp.ones(2)}, "loss": jnp.zeros(2)})
+    with pytest.raises(CheckpointError, match="^state/loss and loss would both be loss in NNX$"):
+        convert(tmp_path / "linen", tmp_path / "nnx")

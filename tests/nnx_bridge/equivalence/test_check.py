@@ -146,6 +146,22 @@ def test_a_gradient_that_is_wrong_in_one_parameter_is_found_out(
     )
 
 
+def test_a_transform_that_raises_is_a_failure_of_every_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no forward mode")
+
+    monkeypatch.setattr(lifted, "jvp", broken)
+    failures = check(mlp()).failures
+    assert {(row.what, row.route) for row in failures} == {
+        (what, f"lifted on {kind}")
+        for what in ("output tangent", "state after jvp")
+        for kind in ("Linen", "NNX")
+    }
+    assert all(row.error == "NotImplementedError: no forward mode" for row in failures)
+
+
 def test_what_is_not_a_number_is_named() -> None:
     report = check(Case(Module(lambda mdl, x: {"log": jnp.log(nn.Dense(3)(x) - 9)}), (X,)))
     assert ("output", "log", Verdict.NAN) in {(r.what, r.path, r.verdict) for r in report.rows}

@@ -259,6 +259,27 @@ def test_caches_are_compared_from_step_to_step() -> None:
     assert paths == {f"cache/{name}" for name in ("cache_index", "cached_key", "cached_value")}
 
 
+class Counting(nn.Module):
+    """Its output grows with the number of calls."""
+
+    by: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        calls = self.variable("counts", "calls", lambda: jnp.int32(0))
+        y = nn.Dense(2)(x) * (1 + self.by * calls.value)
+        if not self.is_initializing():
+            calls.value += 1
+        return y
+
+
+def test_what_differs_from_the_second_step_on_is_found() -> None:
+    x = jax.ShapeDtypeStruct((2, 3), "float32")
+    report = compare(Counting(0.0), Counting(1.0), x, seeds=1, steps=2)
+    wrong = {row.what for row in report.rows if not row.verdict.agrees}
+    assert wrong == {"output, step 2", "parameter, step 2"}
+
+
 def test_random_integers_need_a_range() -> None:
     with pytest.raises(ValueError, match=r"int32 and shape \[2\] has no range; .*high="):
         Random((2,), "int32")
@@ -289,6 +310,12 @@ def test_float64_is_reached_through_explicit_dtypes_scans_and_checkpoints() -> N
     precision = {name: float(jnp.finfo(dtype).eps) for name, dtype in
                  (("rounded", BF16), ("plain", jnp.float32))}  # fmt: skip
     assert exact.precision == precision
+
+
+def test_float64_is_not_rounded_where_a_program_asks_for_it() -> None:
+    x = np.float32(0.1)
+    exact = Exact(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7), x)
+    assert np.asarray(exact(x)) == np.float64(x)
 
 
 def test_what_is_not_a_number_is_named_with_its_layer() -> None:

@@ -171,6 +171,23 @@ def test_a_layer_keeps_its_own_mode_in_a_field() -> None:
     assert_trees_equal(nnx_bridge.unhost(model)[1]["batch_stats"]["head"], before["head"])
 
 
+class Reader(nn.Module):
+    """Reads a field of its layer when the layer has run."""
+
+    def setup(self) -> None:
+        self.drop = nn.Dropout(0.5, deterministic=True)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, bool | None]:
+        return self.drop(x), self.drop.deterministic
+
+
+def test_a_field_is_as_it_was_when_the_layer_has_run() -> None:
+    model = Host.init(Reader(), KEYS, X)
+    model.drop.train()
+    y, deterministic = model(X, rngs=KEYS)
+    assert (y == 0).any() and deterministic
+
+
 def test_a_model_without_a_mode_sets_that_of_its_layers() -> None:
     model = Host.init(nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=False)]), KEYS, X)
     assert (model(X, rngs=KEYS) == 0).any()

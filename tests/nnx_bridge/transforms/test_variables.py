@@ -281,8 +281,11 @@ def test_what_is_drawn_after_folded_streams_does_not_depend_on_them() -> None:
 
 def test_folded_streams_are_forks() -> None:
     rngs = nnx.Rngs(0)
-    (number,) = nn.fold_rngs(lambda rngs: [rngs.normal()])(nnx.clone(rngs))
-    assert_trees_equal(number, rngs.fork().normal())
+    rngs.normal()
+    folded = nnx.clone(rngs)
+    for _ in range(2):  # The streams move on, as those that are forked.
+        (number,) = nn.fold_rngs(lambda rngs: [rngs.normal()])(folded)
+        assert_trees_equal(number, rngs.fork().normal())
 
 
 def test_a_class_with_folded_streams() -> None:

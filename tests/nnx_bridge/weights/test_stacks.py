@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from nnx_bridge import WeightsError, load, match
+from nnx_bridge.weights import Transpose
 from tests.helpers import KEY, assert_trees_close, assert_trees_equal, normal, randomized
 from tests.nnx_bridge.weights.builders import Holder, dense, partners, variables
 
@@ -195,6 +196,14 @@ def test_the_names_of_a_list_get_an_unnamed_axis_in_a_stack() -> None:
     model = Holder(layers=Holder(kernel=nnx.Param(jnp.zeros((3, 4, 5)))))
     plan = load(model, weights, axis_names=True)
     assert model.layers.kernel.out_sharding == (None, "embed", "mlp")
+    assert_trees_equal(plan.to_linen(model), weights)
+
+
+def test_the_names_of_axes_follow_the_layout_of_a_rule() -> None:
+    weights = {"params": {"w": nn.Partitioned(normal(4, 5), ("embed", "mlp"))}}
+    model = Holder(w=nnx.Param(jnp.zeros((5, 4))))
+    plan = load(model, weights, [("w", "w", Transpose())], axis_names=True)
+    assert model.w.out_sharding == ("mlp", "embed")
     assert_trees_equal(plan.to_linen(model), weights)
 
 
