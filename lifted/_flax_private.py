@@ -21,7 +21,17 @@ from flax.linen import transforms as linen_transforms
 def module_scopes(module: nn.Module) -> list[Scope]:
     """Scopes of ``module``: first those of modules and variables in its fields, its own last."""
     _settle(module)
-    scopes, _, _ = linen_transforms.get_module_scopes(module)
+    state = module._state
+    new = state.setup_called == linen_module.SetupState.NEW
+    if new:
+        # Or Linen would run `setup` without variables, to check it, and fail where that reads what
+        # the `setup` of a submodule makes of its parameters.
+        state.setup_called = linen_module.SetupState.TRANSFORMED
+    try:
+        scopes, _, _ = linen_transforms.get_module_scopes(module)
+    finally:
+        if new:
+            state.setup_called = linen_module.SetupState.NEW
     return scopes
 
 

@@ -57,6 +57,24 @@ def test_module_scopes_runs_a_setup_that_shares_scopes() -> None:
     assert set(seen) == {("Dense_0",)}
 
 
+def test_module_scopes_runs_no_setup_that_needs_parameters() -> None:
+    class Inner(nn.Module):
+        def setup(self) -> None:
+            self.size = self.param("w", nn.initializers.ones, (3,)).size
+
+    class Outer(nn.Module):
+        def setup(self) -> None:
+            self.inner = Inner()
+            self.size = self.inner.size
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.size * x
+
+    module = Outer().bind({"params": {"inner": {"w": jnp.ones(3)}}})
+    assert _flax_private.module_scopes(module) == [module.scope]
+    assert module(2) == 6  # Its own setup is yet to run.
+
+
 def test_rebind_puts_a_copy_on_another_scope() -> None:
     module = _bound()
     other = jax.tree.map(jnp.zeros_like, module.variables)
