@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nnx_bridge.equivalence._tags import inlined, programs
+from nnx_bridge.equivalence._tags import inlined, mapped, programs
 
 FLOAT32 = float(jnp.finfo("float32").eps)
 
@@ -120,7 +120,7 @@ def _evaluate(equation: Any, arguments: list[Any], constant: Callable[[Any], Any
     if program is not None:
         return _run(program, arguments, constant)
     if primitive.name == "shard_map":
-        return _mapped(params, arguments, constant)
+        return mapped(params, arguments, lambda closed, parts: _run(closed, parts, constant))
     if primitive.name == "reduce_precision":
         return arguments
     if primitive.name in _AS_WRITTEN:
@@ -134,19 +134,6 @@ def _evaluate(equation: Any, arguments: list[Any], constant: Callable[[Any], Any
             params["precision"] = None
     results = primitive.bind(*arguments, **params)
     return [promote(x) for x in (results if primitive.multiple_results else [results])]
-
-
-def _mapped(
-    params: dict[str, Any], arguments: list[Any], constant: Callable[[Any], Any]
-) -> list[Any]:
-    """A `jax.shard_map`: only inside of one have the axes of its mesh a name."""
-    closed = core.ClosedJaxpr(params["jaxpr"], ())
-    same = {name: params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
-    axes = params["newly_manual_axes"]
-    run = jax.shard_map(
-        lambda *parts: tuple(_run(closed, parts, constant)), axis_names=axes, **same
-    )
-    return list(run(*arguments))
 
 
 def _promoted(value: Any, constant: Callable[[Any], Any]) -> Any:

@@ -5,7 +5,7 @@ trace: it cannot be kept from there. It can be *named* there. A tag is a primiti
 to its operand, and stays in the program through whatever JAX makes of it: a derivative, a batch, a
 checkpoint. Its transpose is a tag too, which names the gradient at that place. When the program is
 whole, `hoisted` runs its equations and takes the tagged values out; out of a scan they come
-stacked. What is tagged in a `while` or a `cond` stays inside.
+stacked. What is tagged in a `while`, a `cond` or a `shard_map` stays inside.
 """
 
 from __future__ import annotations
@@ -73,6 +73,21 @@ def inlined(equation: Any) -> Any:
     return None
 
 
+def mapped(params: dict[str, Any], arguments: Sequence[Any], run: Callable[..., Any]) -> list[Any]:
+    """A `jax.shard_map` whose program `run` runs: only in there have the axes of its mesh names.
+
+    Args:
+      params: Those of its equation.
+      arguments: Its operands.
+      run: Runs a program on a part of the operands.
+    """
+    closed = core.ClosedJaxpr(params["jaxpr"], ())
+    same = {name: params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+    axes = params["newly_manual_axes"]
+    function = jax.shard_map(lambda *parts: tuple(run(closed, parts)), axis_names=axes, **same)
+    return list(function(*arguments))
+
+
 def programs(value: Any) -> list[Any]:
     """The programs among the parameters of an equation."""
     if isinstance(value, core.ClosedJaxpr):
@@ -116,6 +131,8 @@ def _evaluate(
         return _run(program, arguments, found, places)
     if primitive.name == "scan" and any(map(_has_tags, programs(params))):
         return _scan(equation, arguments, found, next(places))
+    if primitive.name == "shard_map":
+        return mapped(params, arguments, lambda program, parts: _run(program, parts, [], places))
     results = primitive.bind(*arguments, **params)
     return results if primitive.multiple_results else [results]
 
