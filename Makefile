@@ -46,6 +46,7 @@ test: $(VENV)/with-test
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-thorough: export FLAXLIFT_TEST_PROFILE = thorough
+test-thorough: override PYTEST_ARGS += --timeout 0
 test-thorough: test
 
 # JAX_PLATFORMS empty: JAX takes the best that it finds. With a GPU install its JAX first, for

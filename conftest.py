@@ -31,11 +31,11 @@ import nnx_bridge  # noqa: E402, F401
 
 settings.register_profile(
     "default",
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     database=DirectoryBasedExampleDatabase(_CACHE / "hypothesis"),
     # Drawing a module traces it, which is slow by the standards of these checks.
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=500)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=200)
 settings.load_profile(os.environ.get("FLAXLIFT_TEST_PROFILE", "default"))

@@ -28,6 +28,10 @@ from tests.nnx_bridge.transforms.twins import (
 
 X = normal(2, 3)
 
+# These compile several programs for each example.
+few = settings(max_examples=settings().max_examples // 2)
+fewer = settings(max_examples=settings().max_examples // 4)
+
 
 def agree(
     lift: Any, x: jax.Array = X, *args: Any, sown: bool = True, carried: bool = False
@@ -56,7 +60,7 @@ def agree(
     assert bool(intermediates) == sown
 
 
-@settings(max_examples=5)
+@few
 @given(
     filter=st.sampled_from(["params", ("params",), ("other", "params"), "rest"]),
     params=st.sampled_from([0, 1, -1]),
@@ -87,7 +91,7 @@ def test_scan(
     agree(lift, sown=sown, carried=stats == "carry")
 
 
-@settings(max_examples=4)
+@few
 @given(
     params=st.sampled_from([0, 1, -1, None]),
     stats=st.sampled_from([0, 1]),
@@ -114,7 +118,7 @@ def test_vmap(params: Any, stats: int, in_axis: int, out_axis: int, size: int, s
     agree(lift, normal(*shape), sown=sown)
 
 
-@settings(max_examples=3)
+@fewer
 @given(order=st.permutations(["scan", "vmap", "remat"]))
 def test_nestings(order: list[str]) -> None:
     both = {"params": 0, "batch_stats": 0, "intermediates": 0}
