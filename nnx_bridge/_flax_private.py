@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax import nnx
-from flax.core.scope import Scope
 from flax.nnx import graphlib, reprlib, tracers
 
 Indices = graphlib.RefMap
@@ -131,17 +130,6 @@ def set_captured(module: nnx.Module, variables: Sequence[nnx.Variable[Any]] | No
 def is_captured(path: Sequence[Any]) -> bool:
     """Whether ``path`` leads to what `nnx.capture` records."""
     return _CAPTURES in path
-
-
-@contextlib.contextmanager
-def extra_collections(scope: Scope, collections: dict[str, Any]) -> Iterator[None]:
-    """Lets a scope, and those below it, have collections that its model does not."""
-    scope._variables.update(collections)
-    try:
-        yield
-    finally:
-        for name in collections:
-            scope._variables.pop(name, None)
 
 
 def shown_class(kind: type) -> Any:

@@ -1,8 +1,9 @@
-"""The two things that `nnx_bridge` changes in Flax Linen, for as long as a context lasts.
+"""The three things that `nnx_bridge` changes in Flax Linen, for as long as a context lasts.
 
 Linen has no public way to say which keys modules draw, or to see what they sow where it is not
 kept: interceptors see the methods of the user's classes, and `make_rng` and `sow` are none of them.
-``tests/nnx_bridge/test_linen_private.py`` checks that all layers of Linen go through them.
+Nor can a scope be given collections for a while. ``tests/nnx_bridge/test_linen_private.py`` checks
+what each of these contexts relies on.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from unittest import mock
 
 import jax
 from flax import linen as nn
+from flax.core.scope import Scope
 
 _DRAW: ContextVar[Callable[[], jax.Array] | None] = ContextVar("draw", default=None)
 _PATCHING = threading.RLock()
@@ -53,3 +55,14 @@ def sows_told_to(listener: Callable[[nn.Module, str, Any], None]) -> Iterator[No
 
         with mock.patch.object(nn.Module, "sow", sown):
             yield
+
+
+@contextlib.contextmanager
+def extra_collections(scope: Scope, collections: dict[str, Any]) -> Iterator[None]:
+    """Lets a scope, and those below it, have collections that its model does not."""
+    scope._variables.update(collections)
+    try:
+        yield
+    finally:
+        for name in collections:
+            scope._variables.pop(name, None)

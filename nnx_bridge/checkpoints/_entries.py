@@ -60,6 +60,11 @@ class Stored:
         return self.reader.read([self])[0]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says anything."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
 def is_empty(leaf: Any) -> bool:
     """Whether a leaf holds nothing: an `EmptyState`, a `MaskedNode`, an empty dict."""
     return leaf is None or (isinstance(leaf, dict | list | tuple) and not leaf)

@@ -30,6 +30,7 @@ from nnx_bridge.checkpoints._entries import (
     Path,
     Stored,
     batches,
+    first_line,
     flat,
     is_empty,
     nested,
@@ -281,7 +282,7 @@ def _sharding(saved: Any, known: dict[str, Any], folder: FilePath) -> Any:
         except Exception as error:
             raise CheckpointError(
                 f"{folder} holds arrays that lie on devices that are not here "
-                f"({len(jax.devices())} {jax.devices()[0].platform} are): {_first_line(error)}. "
+                f"({len(jax.devices())} {jax.devices()[0].platform} are): {first_line(error)}. "
                 "Simulate them with jax.config.update('jax_num_cpu_devices', <number>), or "
                 "read the arrays onto one device with unsharded=True (--unsharded)"
             ) from error
@@ -312,9 +313,5 @@ def _named(folder: FilePath, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{folder} cannot be read: {what}: {type(error).__name__}: {_first_line(error)}"
+            f"{folder} cannot be read: {what}: {type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")

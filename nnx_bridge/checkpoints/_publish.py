@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnx_bridge.checkpoints._entries import CheckpointError
+from nnx_bridge.checkpoints._entries import CheckpointError, first_line
 
 _NEW, _OLD = "new", "old"
 
@@ -41,9 +41,8 @@ def published(destination: Path, force: bool) -> Iterator[Path]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise CheckpointError(
-            f"{destination} could not be written: {type(error).__name__}: {reason}"
+            f"{destination} could not be written: {type(error).__name__}: {first_line(error)}"
         ) from error
     finally:
         _put_back(folder, destination)

@@ -43,7 +43,7 @@ def intervening(
     replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
     if replacements:
         of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
-        marks.append(hash(tuple(of_replacements.items())))
+        marks.append(_marks.joint(of_replacements))
         places.update(of_replacements)
         contexts.append(replacing(replacements, layout, marks[-1]))
     elif not layout.complete:

@@ -40,6 +40,11 @@ def has_mark(scope: Scope, mark: int) -> bool:
     return mark in scope.get_flag(_FLAG, ())
 
 
+def joint(marks: Mapping[Path, Hashable]) -> int:
+    """One mark for all that is done in a call: of what is done at each place."""
+    return hash(tuple(marks.items()))
+
+
 def places(marks: Mapping[Path, Hashable]) -> dict[str, Any]:
     """The collection that marks modules, by their paths; none where there are no marks."""
     tree = nest(((*path, f"mark_{hash(mark)}"), {}) for path, mark in marks.items())

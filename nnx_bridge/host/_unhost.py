@@ -14,12 +14,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.scope import Scope
 
-from nnx_bridge import _flax_private
+from nnx_bridge import _linen_private
 from nnx_bridge._collections import Path
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
-from nnx_bridge.host._marks import places
+from nnx_bridge.host._marks import joint, places
 from nnx_bridge.host._node_type import received, sent
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
@@ -78,7 +78,7 @@ class Migration:
         self._layout = layout
         self._active = _Active()
         of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
-        self._marks = [hash(tuple(of_replacements.items()))]
+        self._marks = [joint(of_replacements)]
         self._places = places(of_replacements)
         slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
         # That of a dataclass would be made anew, but this one may have been wrapped.
@@ -118,7 +118,7 @@ class Migration:
                 with (
                     _provided(scope, self._replacements.values()),
                     replacing(self._replacements, self._layout, base=path_of(module) or ()),
-                    _flax_private.extra_collections(scope, self._places),
+                    _linen_private.extra_collections(scope, self._places),
                 ):
                     return function(module, *args, **kwargs)
             finally:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from flax.core.scope import Scope
 
 from nnx_bridge import _flax_private
 from tests.nnx_bridge import models
@@ -254,10 +253,3 @@ def test_nnx_keeps_its_books_in_the_vars_of_a_module() -> None:
     kept = {name for name in vars(mdl) if _flax_private.is_bookkeeping(name)}
     assert kept
     assert set(_flax_private.attributes(vars(mdl))) == set(vars(mdl)) - kept == {"first", "second"}
-
-
-def test_a_scope_has_extra_collections_for_a_while_and_so_have_those_below() -> None:
-    scope = Scope({"params": {}})
-    with _flax_private.extra_collections(scope, {"extra": {"child": {"mark": {}}}}):
-        assert scope.push("child").variables()["extra"] == {"mark": {}}
-    assert "extra" not in scope.variables()

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax.core import Scope
 
-from nnx_bridge._linen_private import keys_from, sows_told_to
+from nnx_bridge._linen_private import extra_collections, keys_from, sows_told_to
 from tests.helpers import assert_trees_equal
 
 X = jnp.ones((4, 8))
@@ -96,3 +97,10 @@ def test_what_is_sown_is_told_whether_it_is_kept_or_not(mutable: list[str] | boo
     ((module, name, value),) = told  # type: ignore[misc]
     assert (type(module), name) == (_Sowing, "twice")
     assert_trees_equal(value, 2 * X)
+
+
+def test_a_scope_has_extra_collections_for_a_while_and_so_have_those_below() -> None:
+    scope = Scope({"params": {}})
+    with extra_collections(scope, {"extra": {"child": {"mark": {}}}}):
+        assert scope.push("child").variables()["extra"] == {"mark": {}}
+    assert "extra" not in scope.variables()

@@ -1,39 +1,14 @@
 """The faults, by what they are faults of."""
 
-from tests.mutation.faults import (
-    _audit,
-    _captures,
-    _checkpoints,
-    _cli,
-    _collections,
-    _compat,
-    _equivalence,
-    _functional,
-    _host,
-    _layers,
-    _lifted,
-    _sharding,
-    _transforms,
-    _weights,
-)
+from __future__ import annotations
 
-FAULTS = [
+import importlib
+import pkgutil
+
+from tests.mutation._fault import Fault
+
+FAULTS: list[Fault] = [
     fault
-    for area in (
-        _audit,
-        _captures,
-        _checkpoints,
-        _cli,
-        _collections,
-        _compat,
-        _equivalence,
-        _functional,
-        _host,
-        _layers,
-        _lifted,
-        _sharding,
-        _transforms,
-        _weights,
-    )
-    for fault in area.FAULTS
+    for area in pkgutil.iter_modules(__path__)
+    for fault in importlib.import_module(f"{__name__}.{area.name}").FAULTS
 ]
