@@ -41,6 +41,8 @@ Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 # Metadata by which a Variable remembers what it was in Linen.
 BOX = "linen_box"
 _NAME = "linen_name"
+# What every Variable may have, and what Linen's values do not show.
+_NO_BOX = nnx.Variable.required_metadata | {_NAME}
 
 
 def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
@@ -104,10 +106,10 @@ def _boxed(variable: nnx.Variable[Any], metadata: dict[str, Any]) -> Any:
     # Reading an array that no hook changes needs no copy of it.
     plain = isinstance(raw, jax.Array) and "on_get_value" not in metadata
     value = raw if plain else variable.get_value()
-    for key in (*nnx.Variable.required_metadata, _NAME):
-        metadata.pop(key, None)
-    if not metadata:
+    if metadata.keys() <= _NO_BOX:
         return value
+    for key in _NO_BOX:
+        metadata.pop(key, None)
     if BOX not in metadata:
         return nnx.bridge.NNXMeta(type(variable), value, metadata)
     box = jax.tree.unflatten(metadata[BOX], [value])
@@ -163,7 +165,7 @@ def linen_entry(
     if kind not in names:
         names[kind] = collection_name(kind)
     metadata = variable.get_metadata()
-    name = metadata.get(_NAME, linen_name(attribute))
+    name = metadata[_NAME] if _NAME in metadata else linen_name(attribute)
     return (names[kind], *modules, name), _boxed(variable, metadata)
 
 

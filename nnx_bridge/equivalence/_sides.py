@@ -21,7 +21,7 @@ from nnx_bridge._collections import Path, Variables, flatten, linen_path, nest
 from nnx_bridge.equivalence._correspondence import merged
 from nnx_bridge.equivalence._recording import Recorder, drawing, streams
 from nnx_bridge.host import Host, Method, unhost
-from nnx_bridge.host._calls import method_of
+from nnx_bridge.host._asked import method_of
 from nnx_bridge.host._modes import NAMES, Mode, find_mode
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from flax import linen as nn
@@ -22,10 +21,19 @@ Method: TypeAlias = str | Callable[..., Any] | None
 
 
 def intervening(
-    program: Program, frames: list[Frame], modes: Mapping[Path, bool]
-) -> AbstractContextManager[list[int]]:
-    """What watches, replaces and sets Linen's modules during a call, where anything does."""
-    contexts: list[AbstractContextManager[Any]] = []
+    program: Program,
+    frames: list[Frame],
+    modes: Mapping[Path, bool],
+    around: contextlib.ExitStack,
+) -> list[int]:
+    """Watches, replaces and sets Linen's modules during a call; returns its marks.
+
+    Args:
+      program: the program of the model.
+      frames: the variables of the modules that the call needs.
+      modes: whether nodes are in training that have a mode of their own, by their paths.
+      around: what is entered here lasts until the call has ended.
+    """
     marks: list[int] = []
     places: dict[Path, Hashable] = {}
     layout = program.layout
@@ -34,37 +42,26 @@ def intervening(
         called = list(layout.submodules)
         for frame in frames:
             frame.called = called
-        contexts.append(called_modules(called))
+        around.enter_context(called_modules(called))
     if modes:
         chosen = program.training
         marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
-        contexts.append(in_modes(modes, chosen, marks[-1]))
+        around.enter_context(in_modes(modes, chosen, marks[-1]))
         places.update(modes)
     replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
     if replacements:
         of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
         marks.append(_marks.joint(of_replacements))
         places.update(of_replacements)
-        contexts.append(replacing(replacements, layout, marks[-1]))
+        around.enter_context(replacing(replacements, layout, marks[-1]))
     elif not layout.complete:
         marks.append(layout.mark)
         places.update((path, path) for frame in frames for path in frame.modules)
-        contexts.append(layout.watching())
+        around.enter_context(layout.watching())
     if places:
         for frame in frames:
             frame.mark(places)
-    return _entered(contexts, marks) if contexts else _NO_MARKS
-
-
-@contextlib.contextmanager
-def _entered(contexts: list[AbstractContextManager[Any]], marks: list[int]) -> Iterator[list[int]]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield marks
-
-
-_NO_MARKS: AbstractContextManager[list[int]] = contextlib.nullcontext([])
+    return marks
 
 
 def mark(module: nn.Module, marks: Sequence[int]) -> None:

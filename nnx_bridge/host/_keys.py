@@ -14,11 +14,8 @@ Keys: TypeAlias = jax.Array | dict[str, jax.Array]
 
 
 @contextlib.contextmanager
-def drawn(rngs: Keys | nnx.Rngs | None) -> Iterator[Keys | None]:
+def drawn(rngs: nnx.Rngs) -> Iterator[Keys | None]:
     """The keys of a call; streams that gave keys to a call that fails get back their counts."""
-    if not isinstance(rngs, nnx.Rngs):
-        yield rngs
-        return
     counts = [(rngs[name].count, rngs[name].count.get_value()) for name in rngs]
     try:
         keys = draw(rngs)

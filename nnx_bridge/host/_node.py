@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -15,7 +16,8 @@ from flax.core.scope import CollectionFilter
 from lifted._errors import describe, path_text, suggestion
 from nnx_bridge import _flax_private
 from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name, linen_name
-from nnx_bridge.host._calls import Call, call, method_of
+from nnx_bridge.host._asked import Call, method_of
+from nnx_bridge.host._calls import prepare
 from nnx_bridge.host._interventions import Method
 from nnx_bridge.host._keys import Keys
 from nnx_bridge.host._modes import find_mode
@@ -69,7 +71,15 @@ class Node(Level, metaclass=NodeType):
         Raises:
           ValueError: The module of the node is not known, or needs one that cannot be reached.
         """
-        return call(top_of(self), self, Call(args, kwargs, rngs, method, mutable))
+        asked = Call(args, kwargs, rngs, method, mutable)
+        with contextlib.ExitStack() as around:
+            linen = prepare(top_of(self), self, asked, around)
+            try:
+                result = linen.run(*linen.args, **linen.kwargs)
+            except Exception as error:
+                linen.explain(error)
+                raise
+            return linen.keep(result)
 
     @property
     def deterministic(self) -> bool | None:
