@@ -41,8 +41,6 @@ Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
 # Metadata by which a Variable remembers what it was in Linen.
 BOX = "linen_box"
 _NAME = "linen_name"
-# What every Variable may have, and what Linen's values do not show.
-_NO_BOX = nnx.Variable.required_metadata | {_NAME}
 
 
 def to_variable(collection: str, value: Any) -> nnx.Variable[Any]:
@@ -106,10 +104,10 @@ def _boxed(variable: nnx.Variable[Any], metadata: dict[str, Any]) -> Any:
     # Reading an array that no hook changes needs no copy of it.
     plain = isinstance(raw, jax.Array) and "on_get_value" not in metadata
     value = raw if plain else variable.get_value()
-    if metadata.keys() <= _NO_BOX:
-        return value
-    for key in _NO_BOX:
+    for key in (*nnx.Variable.required_metadata, _NAME):
         metadata.pop(key, None)
+    if not metadata:
+        return value
     if BOX not in metadata:
         return nnx.bridge.NNXMeta(type(variable), value, metadata)
     box = jax.tree.unflatten(metadata[BOX], [value])
@@ -162,11 +160,15 @@ def linen_entry(
       names: collections of Variable types that are known already; others are added.
     """
     kind = type(variable)
-    if kind not in names:
-        names[kind] = collection_name(kind)
+    collection = names.get(kind)
+    if collection is None:
+        collection = names[kind] = collection_name(kind)
     metadata = variable.get_metadata()
-    name = metadata[_NAME] if _NAME in metadata else linen_name(attribute)
-    return (names[kind], *modules, name), _boxed(variable, metadata)
+    raw = variable.get_raw_value()
+    if metadata.keys() <= nnx.Variable.required_metadata and isinstance(raw, jax.Array):
+        return (collection, *modules, linen_name(attribute)), raw  # As most Variables are.
+    name = metadata.get(_NAME, linen_name(attribute))
+    return (collection, *modules, name), _boxed(variable, metadata)
 
 
 def to_state(variables: Variables) -> nnx.State:
@@ -239,14 +241,22 @@ def nest(values: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
     """Nested dicts of values given by their paths."""
     tree: dict[str, Any] = {}
     for path, value in values:
-        branch = tree
-        for part in path[:-1]:
-            branch = branch.setdefault(part, {})
-        if path[-1] in branch:
-            where = "/".join(map(str, path))
-            raise ValueError(f"two variables have the Linen path {where!r}")
-        branch[path[-1]] = value
+        enter(tree, path, value)
     return tree
+
+
+def enter(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Adds a value to nested dicts.
+
+    Raises:
+      ValueError: There is one at this path.
+    """
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    if path[-1] in tree:
+        where = "/".join(map(str, path))
+        raise ValueError(f"two variables have the Linen path {where!r}")
+    tree[path[-1]] = value
 
 
 def flatten(variables: Variables) -> Iterator[tuple[Path, Any]]:

@@ -92,7 +92,9 @@ def in_mode(module: nn.Module, node: Level, asked: Call) -> nn.Module:
 
 def own_modes(node: Level, frames: list[Frame], asked: Call) -> dict[Path, bool]:
     """The modes of the nodes that they do not get from the module that is called."""
-    modes = {path: mode for frame in frames for path, mode in frame.modes.items()}
+    modes: dict[Path, bool] = {}
+    for frame in frames:
+        modes.update(frame.modes)
     if not modes:
         return modes
     modes.pop(slots(node)["_linen"].path, None)

@@ -64,7 +64,8 @@ class _OfModel(Prepared):
         self._mutable = frame.mutable(self._changeable)
         marks = intervening(program, [frame], own_modes(root, [frame], asked), around)
         self.run = module.apply
-        self.args = ({**frame.variables, **frame.places}, *asked.args)
+        variables = {**frame.variables, **frame.places} if marks else frame.variables
+        self.args = (variables, *asked.args)
         method = marked(asked.method, marks)
         self.kwargs = {"rngs": keys, "method": method, "mutable": self._mutable, **asked.kwargs}
 

@@ -16,7 +16,15 @@ from nnx_bridge.host._tree import Contents, contents, write
 
 
 class Frame:
-    """The variables of one node for one call."""
+    """The variables of one node for one call.
+
+    Attributes:
+      variables: the variables, as Linen keeps them.
+      places: what marks modules, as a collection.
+      called: the paths in the model of the Linen modules whose methods have run.
+      replacements: the replacements, by their paths in the model.
+      modes: whether nodes are in training, where that was said, by their paths in the model.
+    """
 
     def __init__(self, node: nnx.Module, path: Path) -> None:
         self._node = node
@@ -24,27 +32,24 @@ class Frame:
         self._contents: Contents = contents(node)
         self._captured = recorded(node)
         self.called: list[Path] = []
-        variables = self._contents.read()
+        variables = self._contents.tree
         # Sown values are a record of one call, so they are no input of the next.
         variables.pop("intermediates", None)
-        self.variables: dict[str, Any] = {**variables, **self._captured}
+        variables.update(self._captured)
+        self.variables = variables
         self.places: dict[str, Any] = {}
+        replaced = self._in_model(self._contents.replacements)
+        self.replacements = {p: Replacement(p, m) for p, m in replaced.items()}
+        self.modes: dict[Path, bool] = self._in_model(self._contents.modes)
+
+    def _in_model(self, values: dict[Path, Any]) -> dict[Path, Any]:
+        """Values by their paths in the model."""
+        return {(*self._path, *path): x for path, x in values.items()} if self._path else values
 
     @property
     def records(self) -> bool:
         """Whether a context around the call records what is sown."""
         return bool(self._captured)
-
-    @property
-    def replacements(self) -> dict[Path, Replacement]:
-        """The replacements, by their paths in the model."""
-        found = self._contents.replacements
-        return {(*self._path, *p): Replacement((*self._path, *p), m) for p, m in found.items()}
-
-    @property
-    def modes(self) -> dict[Path, bool]:
-        """Whether nodes are in training, where that was said, by their paths in the model."""
-        return {(*self._path, *path): mode for path, mode in self._contents.modes.items()}
 
     def mutable(self, changeable: CollectionFilter) -> CollectionFilter:
         """The filter with which Linen is called."""

@@ -252,7 +252,7 @@ def check_variables(
         >>> check_variables(Host.init(module, jax.random.key(0), x), x)
     """
     module, found = host_program(model).module, contents(model)
-    variables = found.read()
+    variables = found.tree
     native = frozenset(found.replacements)
     lines = differences(module, variables, args, kwargs, method, native)
     lines += not_finite(variables) if finite else []

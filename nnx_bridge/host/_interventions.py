@@ -15,6 +15,7 @@ from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._layout import below
 from nnx_bridge.host._modes import in_modes
 from nnx_bridge.host._program import Program
+from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
 
 Method: TypeAlias = str | Callable[..., Any] | None
@@ -48,7 +49,9 @@ def intervening(
         marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
         around.enter_context(in_modes(modes, chosen, marks[-1]))
         places.update(modes)
-    replacements = {p: r for frame in frames for p, r in frame.replacements.items()}
+    replacements: dict[Path, Replacement] = {}
+    for frame in frames:
+        replacements.update(frame.replacements)
     if replacements:
         of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
         marks.append(_marks.joint(of_replacements))

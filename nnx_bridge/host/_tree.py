@@ -17,9 +17,9 @@ from nnx_bridge import _flax_private
 from nnx_bridge._collections import (
     Path,
     Variables,
+    enter,
     flatten,
     linen_entry,
-    nest,
     renamed,
     set_variable,
     to_flat_state,
@@ -53,13 +53,13 @@ class Contents:
 
     Attributes:
       variables: the Variables by their paths in Linen, `(collection, *modules, name)`.
-      values: their values, as Linen keeps them.
+      tree: their values, as Linen keeps them.
       replacements: the NNX modules that replace submodules, by the paths of these.
       modes: whether nodes are in training, by their paths, where that was said.
     """
 
     variables: Items = dataclasses.field(default_factory=list)
-    values: list[Any] = dataclasses.field(default_factory=list)
+    tree: dict[str, Any] = dataclasses.field(default_factory=dict)
     replacements: dict[Path, nnx.Module] = dataclasses.field(default_factory=dict)
     modes: dict[Path, bool] = dataclasses.field(default_factory=dict)
     _collections: dict[Any, str] = dataclasses.field(default_factory=dict)
@@ -68,13 +68,7 @@ class Contents:
         """Adds the Variable that stands in an attribute of the module at the path ``modules``."""
         place, value = linen_entry(modules, attribute, variable, self._collections)
         self.variables.append((place, variable))
-        self.values.append(value)
-
-    def read(self) -> dict[str, Any]:
-        """The variables, as Linen keeps them."""
-        return nest(
-            (path, value) for (path, _), value in zip(self.variables, self.values, strict=True)
-        )
+        enter(self.tree, place, value)
 
 
 def slots(node: nnx.Module) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
         replacements = {p: Replacement(p, nnx.clone(m)) for p, m in found.replacements.items()}
         fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
         module = Migration(type(module), replacements, program.layout).module_class(**fields)
-    return module, found.read()
+    return module, found.tree
 
 
 class Migration:

@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "two values of one path: the last one wins",
         "nnx_bridge/_collections.py",
-        "        if path[-1] in branch:\n",
-        "        if False:\n",
+        "    if path[-1] in tree:\n",
+        "    if False:\n",
         "tests/nnx_bridge/test_collections.py::test_two_variables_at_one_linen_path_are_an_error",
     ),
     Fault(
