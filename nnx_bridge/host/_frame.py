@@ -19,6 +19,7 @@ class Frame:
     """The variables of one node for one call.
 
     Attributes:
+      path: that of the node in the model.
       variables: the variables, as Linen keeps them.
       places: what marks modules, as a collection.
       called: the paths in the model of the Linen modules whose methods have run.
@@ -28,7 +29,7 @@ class Frame:
 
     def __init__(self, node: nnx.Module, path: Path) -> None:
         self._node = node
-        self._path = path
+        self.path = path
         self._contents: Contents = contents(node)
         self._captured = recorded(node)
         self.called: list[Path] = []
@@ -44,7 +45,7 @@ class Frame:
 
     def _in_model(self, values: dict[Path, Any]) -> dict[Path, Any]:
         """Values by their paths in the model."""
-        return {(*self._path, *path): x for path, x in values.items()} if self._path else values
+        return {(*self.path, *path): x for path, x in values.items()} if self.path else values
 
     @property
     def records(self) -> bool:
@@ -57,23 +58,25 @@ class Frame:
 
     def mark(self, marks: Mapping[Path, Hashable]) -> None:
         """Marks the modules at these paths of the model, by the collection `places`."""
-        depth = len(self._path)
-        self.places = places(
-            {path[depth:]: mark for path, mark in marks.items() if path[:depth] == self._path}
-        )
+        self.places = places(self.below(marks))
+
+    def below(self, marks: Mapping[Path, Hashable]) -> dict[Path, Hashable]:
+        """Marks of the model that are for the node and below, by their paths from there."""
+        depth = len(self.path)
+        return {path[depth:]: mark for path, mark in marks.items() if path[:depth] == self.path}
 
     @property
     def modules(self) -> set[Path]:
         """The paths in the model of all that may be a module."""
         paths = {path[1:] for path, _ in self._contents.variables}
-        return {(*self._path, *p[:depth]) for p in paths for depth in range(len(p))}
+        return {(*self.path, *p[:depth]) for p in paths for depth in range(len(p))}
 
     def keep(self, updates: Variables, changeable: CollectionFilter) -> None:
         """Writes what a call changed."""
         updates = {c: values for c, values in updates.items() if c != COLLECTION}
         sown = {c: updates.pop(c) for c in self._captured if c in updates}
-        depth = len(self._path)
-        below = [path[depth:] for path in self.called if path[:depth] == self._path]
+        depth = len(self.path)
+        below = [path[depth:] for path in self.called if path[:depth] == self.path]
         if sown:
             deposit(self._node, sown, below)
         if in_filter(changeable, "intermediates") and "intermediates" not in self._captured:

@@ -12,6 +12,7 @@ from nnx_bridge._collections import Path
 from nnx_bridge.host import _marks
 from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._frame import Frame
+from nnx_bridge.host._guard import guarding
 from nnx_bridge.host._layout import below
 from nnx_bridge.host._modes import in_modes
 from nnx_bridge.host._program import Program
@@ -57,7 +58,13 @@ def intervening(
         marks.append(_marks.joint(of_replacements))
         places.update(of_replacements)
         around.enter_context(replacing(replacements, layout, marks[-1]))
-    elif not layout.complete:
+    if places:
+        unmarked = {*layout.submodules, *(path for frame in frames for path in frame.modules)}
+        places = {**dict.fromkeys(unmarked, _marks.UNMARKED), **places}
+        for frame in frames:
+            inside = frame.below(places)
+            around.enter_context(guarding(frame.variables, inside, marks[-1], frame.path))
+    if not (replacements or layout.complete):
         marks.append(layout.mark)
         places.update((path, path) for frame in frames for path in frame.modules)
         around.enter_context(layout.watching())

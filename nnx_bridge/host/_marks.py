@@ -21,6 +21,8 @@ from flax.core.scope import Scope
 from nnx_bridge._collections import Path, nest
 
 COLLECTION = _FLAG = "nnx_bridge"
+# The mark of a module at which nothing is done.
+UNMARKED = "unmarked"
 _numbers = itertools.count()
 
 

@@ -16,10 +16,11 @@ from flax.core.scope import Scope
 
 from nnx_bridge import _linen_private
 from nnx_bridge._collections import Path
+from nnx_bridge.host._guard import guarding
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
-from nnx_bridge.host._marks import joint, places
+from nnx_bridge.host._marks import UNMARKED, joint, places
 from nnx_bridge.host._node_type import received, sent
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._replacing import replacing
@@ -79,7 +80,9 @@ class Migration:
         self._active = _Active()
         of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
         self._marks = [joint(of_replacements)]
-        self._places = places(of_replacements)
+        unmarked = dict.fromkeys(layout.submodules, UNMARKED)
+        self._of_modules = {**unmarked, **of_replacements}
+        self._places = places(self._of_modules)
         slots: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
         # That of a dataclass would be made anew, but this one may have been wrapped.
         slots["__init__"] = inspect.getattr_static(kind, "__init__")
@@ -115,9 +118,11 @@ class Migration:
             self._active.now = True
             mark(module, self._marks)
             try:
+                base = path_of(module) or ()
                 with (
                     _provided(scope, self._replacements.values()),
-                    replacing(self._replacements, self._layout, base=path_of(module) or ()),
+                    guarding(scope.variables(), self._of_modules, self._marks[0], base),
+                    replacing(self._replacements, self._layout, base=base),
                     _linen_private.extra_collections(scope, self._places),
                 ):
                     return function(module, *args, **kwargs)

@@ -209,3 +209,62 @@ def test_a_model_that_is_applied_inside_is_another_one() -> None:
     assert model(X) == 20
     model.a = Native(5)
     assert model(X) == 25
+
+
+def twins(variables: Any, names: str = "ab") -> Host:
+    """A model of parts that are equal for `nn.jit` with a filter of variables."""
+    part = nn.jit(Counts, variables=variables)
+
+    class Parts(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for name in names:
+                x = part(False, name=name)(x)
+            return x
+
+    return Host.init(Parts(), KEY, X)
+
+
+HIDDEN = "a: nn.jit would take a trace of this module for b, too, since its filter of variables"
+
+
+@pytest.mark.parametrize("changed", ["a", "b"])
+def test_a_filter_of_jit_that_hides_modes_of_equal_modules_is_an_error(changed: str) -> None:
+    model = twins("params")
+    assert model(X) == 0
+    getattr(model, changed).train()
+    with pytest.raises(ValueError, match=HIDDEN):
+        model(X)
+    model.train()
+    model.a.train()
+    model.b.train()
+    assert model(X) == 2
+
+
+def test_a_filter_of_jit_that_hides_replacements_of_equal_modules_is_an_error() -> None:
+    model = twins("params")
+    model.b = Native(10)
+    with pytest.raises(ValueError, match=HIDDEN):
+        model(X)
+    module, variables = nnx_bridge.unhost(model)
+    with pytest.raises(ValueError, match=HIDDEN):
+        module.apply(variables, X)
+
+
+@pytest.mark.parametrize("variables", [True, ["params", "nnx_bridge"]])
+def test_a_filter_of_jit_with_the_collection_of_marks_tells_equal_modules_apart(
+    variables: Any,
+) -> None:
+    model = twins(variables)
+    model.b.train()
+    assert model(X) == 1
+    model.a = Native(10)
+    assert model(X) == 11
+    module, variables = nnx_bridge.unhost(model)
+    assert module.apply(variables, X) == 10
+
+
+def test_a_filter_of_jit_around_a_module_without_an_equal_one_is_none() -> None:
+    model = twins("params", names="a")
+    model.a.train()
+    assert model(X) == 1
