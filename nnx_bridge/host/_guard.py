@@ -7,8 +7,7 @@ two modules that are equal otherwise one gets the trace of the other.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -16,15 +15,12 @@ from flax.core.scope import Scope
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path, Variables
-from nnx_bridge.host._layout import path_of, shapes
+from nnx_bridge.host._layout import shapes
 from nnx_bridge.host._marks import COLLECTION, UNMARKED, has_mark
 
 
-@contextlib.contextmanager
-def guarding(
-    variables: Variables, marks: Mapping[Path, Hashable], mark: int, base: Path = ()
-) -> Iterator[None]:
-    """A context in which a trace that may serve the wrong module is an error.
+class Guard:
+    """Checks the modules of a call, so that a trace which may serve the wrong one is an error.
 
     Args:
       variables: those of the module at ``base``.
@@ -32,24 +28,28 @@ def guarding(
         from there.
       mark: that of the scopes of the call.
       base: the path of the module.
-
-    Raises:
-      ValueError: `nn.jit` hides the marks of a module that has a twin with other marks.
     """
 
-    def check(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        scope, path = context.module.scope, path_of(context.module)
-        if path is not None and path[: len(base)] == base and has_mark(scope, mark):
-            own = path[len(base) :]
-            if own in marks and _hides(scope):
-                for twin in marks:
-                    if _are_mixed_up(variables, marks, own, twin):
-                        where = path_text(path), path_text((*base, *twin))
-                        raise ValueError(_MESSAGE.format(*where))
-        return call(*args, **kwargs)
+    def __init__(
+        self, variables: Variables, marks: Mapping[Path, Hashable], mark: int, base: Path = ()
+    ) -> None:
+        self._variables, self._marks, self._mark, self._base = variables, marks, mark, base
 
-    with nn.intercept_methods(check):
-        yield
+    def check(self, module: nn.Module, path: Path) -> None:
+        """Checks a bound module, which runs a method.
+
+        Raises:
+          ValueError: `nn.jit` hides the marks of the module, which has a twin with other marks.
+        """
+        own, scope = path[len(self._base) :], module.scope
+        assert scope is not None
+        if path[: len(self._base)] != self._base or own not in self._marks:
+            return
+        if _hides(scope) and has_mark(scope, self._mark):
+            for twin in self._marks:
+                if _are_mixed_up(self._variables, self._marks, own, twin):
+                    where = path_text(path), path_text((*self._base, *twin))
+                    raise ValueError(_MESSAGE.format(*where))
 
 
 _MESSAGE = (

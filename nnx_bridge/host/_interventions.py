@@ -12,7 +12,7 @@ from nnx_bridge._collections import Path
 from nnx_bridge.host import _marks
 from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._frame import Frame
-from nnx_bridge.host._guard import guarding
+from nnx_bridge.host._guard import Guard
 from nnx_bridge.host._layout import below
 from nnx_bridge.host._modes import in_modes
 from nnx_bridge.host._program import Program
@@ -37,33 +37,32 @@ def intervening(
       around: what is entered here lasts until the call has ended.
     """
     marks: list[int] = []
-    places: dict[Path, Hashable] = {}
-    layout = program.layout
+    layout, chosen = program.layout, program.training
     if any(frame.records for frame in frames):
         # Those that are known already, since `nn.jit` may run a module without calling it.
         called = list(layout.submodules)
         for frame in frames:
             frame.called = called
         around.enter_context(called_modules(called))
-    if modes:
-        chosen = program.training
-        marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
-        around.enter_context(in_modes(modes, chosen, marks[-1]))
-        places.update(modes)
     replacements: dict[Path, Replacement] = {}
     for frame in frames:
         replacements.update(frame.replacements)
+    of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
+    if modes:
+        marks.append(hash((*sorted(modes.items()), *sorted((chosen or {}).items()))))
     if replacements:
-        of_replacements = {path: replacement.mark for path, replacement in replacements.items()}
         marks.append(_marks.joint(of_replacements))
-        places.update(of_replacements)
-        around.enter_context(replacing(replacements, layout, marks[-1]))
+    places: dict[Path, Hashable] = {**modes, **of_replacements}
+    guards: list[Guard] = []
     if places:
         unmarked = {*layout.submodules, *(path for frame in frames for path in frame.modules)}
         places = {**dict.fromkeys(unmarked, _marks.UNMARKED), **places}
         for frame in frames:
-            inside = frame.below(places)
-            around.enter_context(guarding(frame.variables, inside, marks[-1], frame.path))
+            guards.append(Guard(frame.variables, frame.below(places), marks[0], frame.path))
+    if modes:
+        around.enter_context(in_modes(modes, chosen, marks[0], guards))
+    if replacements:
+        around.enter_context(replacing(replacements, layout, marks[-1], guards=guards))
     if not (replacements or layout.complete):
         marks.append(layout.mark)
         places.update((path, path) for frame in frames for path in frame.modules)

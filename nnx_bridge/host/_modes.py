@@ -14,12 +14,13 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from flax import linen as nn
 
 from nnx_bridge._collections import Path
+from nnx_bridge.host._guard import Guard
 from nnx_bridge.host._layout import is_called, path_of
 from nnx_bridge.host._marks import has_mark
 
@@ -114,7 +115,10 @@ def given(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
 
 @contextlib.contextmanager
 def in_modes(
-    modes: Mapping[Path, bool], chosen: Mapping[str, bool] | None, mark: int
+    modes: Mapping[Path, bool],
+    chosen: Mapping[str, bool] | None,
+    mark: int,
+    guards: Sequence[Guard] = (),
 ) -> Iterator[None]:
     """A context in which some modules run in modes of their own.
 
@@ -122,12 +126,17 @@ def in_modes(
       modes: whether each is in training, by their paths.
       chosen: as of `find_mode`.
       mark: that of the scopes of the model.
+      guards: what checks each module.
     """
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         path = path_of(module)
-        if path is None or path not in modes or not is_called(module, name):
+        if path is None:
+            return call(*args, **kwargs)
+        for guard in guards:
+            guard.check(module, path)
+        if path not in modes or not is_called(module, name):
             return call(*args, **kwargs)
         if not has_mark(module.scope, mark):
             return call(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -11,6 +11,7 @@ from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
+from nnx_bridge.host._guard import Guard
 from nnx_bridge.host._layout import Layout, is_called, path_of, shapes
 from nnx_bridge.host._marks import has_mark
 from nnx_bridge.host._replacement import Replacement, listing
@@ -22,6 +23,7 @@ def replacing(
     layout: Layout,
     mark: int | None = None,
     base: Path = (),
+    guards: Sequence[Guard] = (),
 ) -> Iterator[None]:
     """A context in which Linen's modules are replaced.
 
@@ -30,6 +32,7 @@ def replacing(
       layout: what is known of the model, for checks of what they return.
       mark: that of the scopes of the model; by default, every scope is one of them.
       base: the path of the model, where it is a part of another one.
+      guards: what checks each module.
     """
     running = False
     returned: set[Path] = set()
@@ -39,6 +42,8 @@ def replacing(
         path = path_of(context.module)
         if running or path is None or path[: len(base)] != base:
             return call(*args, **kwargs)
+        for guard in guards:
+            guard.check(context.module, path)
         replacement = replacements.get(path[len(base) :])
         name = context.method_name
         if replacement is None or not (mark is None or has_mark(context.module.scope, mark)):

@@ -16,7 +16,7 @@ from flax.core.scope import Scope
 
 from nnx_bridge import _linen_private
 from nnx_bridge._collections import Path
-from nnx_bridge.host._guard import guarding
+from nnx_bridge.host._guard import Guard
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
 from nnx_bridge.host._layout import Layout, path_of
@@ -119,10 +119,10 @@ class Migration:
             mark(module, self._marks)
             try:
                 base = path_of(module) or ()
+                guard = Guard(scope.variables(), self._of_modules, self._marks[0], base)
                 with (
                     _provided(scope, self._replacements.values()),
-                    guarding(scope.variables(), self._of_modules, self._marks[0], base),
-                    replacing(self._replacements, self._layout, base=base),
+                    replacing(self._replacements, self._layout, base=base, guards=[guard]),
                     _linen_private.extra_collections(scope, self._places),
                 ):
                     return function(module, *args, **kwargs)
