@@ -38,6 +38,8 @@ def intervening(
     """
     marks: list[int] = []
     layout, chosen = program.layout, program.training
+    if layout.complete and not (modes or any(of.records or of.replacements for of in frames)):
+        return marks  # As in most calls.
     if any(frame.records for frame in frames):
         # Those that are known already, since `nn.jit` may run a module without calling it.
         called = list(layout.submodules)
