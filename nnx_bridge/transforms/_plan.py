@@ -227,7 +227,7 @@ class Plan:
         if not isinstance(leaf, nnx.Variable) or isinstance(leaf, nnx.RngState):
             remedy = "Make it a Variable of a collection that has an axis"
         else:
-            remedy = f"Pass {_REMEDIES[self.name].format(repr(collection_name(type(leaf))))}"
+            remedy = f"Pass {_VARYING[self.name].format(repr(collection_name(type(leaf))))}"
         return (
             f"{self.name}: {where} is the same for all steps (broadcast), but what is written to "
             f"it differs from step to step. {remedy}; or write what does not depend on the step, "
@@ -265,14 +265,16 @@ class Plan:
         return found[0] if found else None
 
 
-# How the collections of each transform are mapped.
-_REMEDIES = {
-    "vmap": "variable_axes={{{0}: 0}} for a value for each step, or {{{0}: None}} for one of all",
-    "scan": (
-        "variable_axes={{{0}: 0}} for a value for each step, variable_carry={0} for one that "
-        "goes from step to step, or variable_broadcast={0} for one that stays the same"
-    ),
+# How the collections of each transform are mapped: those that differ from step to step, and all.
+_AXIS = "variable_axes={{{0}: 0}} for a value for each step"
+_VARYING = {
+    "vmap": _AXIS,
+    "scan": _AXIS + ", or variable_carry={0} for one that goes from step to step",
     "while_loop": "carry_variables={0}",
+}
+_REMEDIES = _VARYING | {
+    "vmap": _AXIS + ", or {{{0}: None}} for one of all",
+    "scan": _VARYING["scan"] + ", or variable_broadcast={0} for one that stays the same",
     "cond": "variables={0}",
     "switch": "variables={0}",
 }
