@@ -23,6 +23,7 @@ from lifted._errors import Path, path_text
 from nnx_bridge import _flax_private
 from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional import Predicate, to_predicate
+from nnx_bridge.transforms._targets import is_recorded
 
 
 class Kept(enum.Enum):
@@ -176,9 +177,9 @@ class Plan:
         if issubclass(kind, nnx.RngState):
             return self._into_stream(path, leaf)
         rule = self.rule_into(path, leaf)
-        if rule is None and _flax_private.is_captured(path):
-            return Kept.BROADCAST  # What is recorded inside without a rule is dropped.
-        return Kept.NOWHERE if rule is None else rule.into
+        if rule is None:  # What is recorded inside without a rule is dropped.
+            return Kept.BROADCAST if is_recorded(path, leaf) else Kept.NOWHERE
+        return rule.into
 
     def rule_into(self, path: Path, leaf: Any) -> Rule | None:
         """The rule by which a Variable comes in."""
@@ -265,7 +266,7 @@ class Plan:
         return found[0] if found else None
 
 
-# How the collections of each transform are mapped: those that differ from step to step, and all.
+# How collections are mapped: those that differ from step to step, and all.
 _AXIS = "variable_axes={{{0}: 0}} for a value for each step"
 _VARYING = {
     "vmap": _AXIS,

@@ -14,8 +14,9 @@ import jax
 from flax import nnx
 
 import lifted
-from lifted._errors import describe, suggestion
+from lifted._errors import Path, describe, suggestion
 from lifted._group import group_of, is_target, is_value, leaves
+from nnx_bridge import _flax_private
 from nnx_bridge.functional import NNXGroup
 
 Fn = Callable[..., Any]
@@ -156,6 +157,15 @@ def _as_base(base: type[nnx.Module], fn: Fn) -> Fn:
             object.__setattr__(self, "__class__", derived)
 
     return method
+
+
+def is_recorded(path: Path, leaf: Any) -> bool:
+    """Whether ``leaf`` is what a module has recorded: in a capture context, or by `sow` outside of
+    any, which makes an attribute of it."""
+    if _flax_private.is_captured(path):
+        return True
+    sown = issubclass(type(leaf), nnx.Intermediate) and leaf.get_raw_value()
+    return isinstance(sown, tuple)
 
 
 def functionalized(name: str, mdl: Any, **filters: Any) -> lifted.Functional:
