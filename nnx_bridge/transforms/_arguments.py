@@ -1,13 +1,18 @@
 """The arguments of a lifted call: their axes and sizes."""
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from lifted._errors import Path, describe, path_text
+from lifted._group import leaves
+from nnx_bridge._variable_types import collection_name
+from nnx_bridge.transforms._plan import Kept, Plan
 
 
 def bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -60,6 +65,40 @@ def axes_of(
     return axes
 
 
+def check_variables(plan: Plan, axes_prefix: Any, args: tuple[Any, ...], nothing: Any) -> None:
+    """Checks that Variables among the arguments, which are lifted as those of the module are, are
+    not given another axis by ``in_axes``.
+
+    Args:
+      plan: of the transform.
+      axes_prefix: its ``in_axes``, which fit.
+      args: the arguments after the module and after the carry.
+      nothing: what stands for no axis.
+
+    Raises:
+      ValueError: a Variable is.
+    """
+
+    def check(axis: Any, part: Any) -> None:
+        for x in leaves(part):
+            if not isinstance(x, nnx.Variable) or isinstance(x, nnx.RngState):
+                continue
+            where = plan.into((), x)
+            if where is Kept.NOWHERE:
+                raise ValueError(plan.unmapped(("an argument",), x, "given"))
+            if axis is nothing if isinstance(where, int) else axis is not nothing:
+                collection = collection_name(type(x))
+                none = "None" if nothing is None else "broadcast"
+                raise ValueError(
+                    f"{plan.name}: in_axes gives the axis {axis} to a Variable among the "
+                    f"arguments, a {type(x).__name__}, which is lifted as the collection "
+                    f"{collection!r} of the module is. To map its value pass that, x[...]; "
+                    f"otherwise give it the axis {where if isinstance(where, int) else none}."
+                )
+
+    jax.tree.map(check, axes_prefix, args, is_leaf=lambda x: x is nothing)
+
+
 def sizes_of(axes: Sequence[Any], args: tuple[Any, ...]) -> list[tuple[Path, int]]:
     """The size of each array along its axis, with what it is called."""
     found = jax.tree_util.tree_leaves_with_path(args)
@@ -93,8 +132,15 @@ def agreed(name: str, argument: str, given: int | None, sizes: Sequence[tuple[Pa
       sizes: names of what has the axis, with their sizes along it.
 
     Raises:
-      ValueError: sizes disagree, or there is none.
+      TypeError: the argument is no integer.
+      ValueError: it is negative, sizes disagree, or there is none.
     """
+    if given is not None:
+        if isinstance(given, bool) or not hasattr(given, "__index__"):
+            raise TypeError(f"{name}: {argument}: expected an int, got {given!r}.")
+        given = operator.index(given)
+        if given < 0:
+            raise ValueError(f"{name}: {argument}: expected 0 or more, got {given}.")
     known = [*([] if given is None else [((argument,), given)]), *sizes]
     if not known:
         raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lifted._errors import describe, path_text
@@ -37,7 +38,8 @@ def custom_vjp(
 
     Raises:
       TypeError: ``forward_fn`` or ``backward_fn`` returns something else.
-      ValueError: ``nondiff_argnums`` names the module, or a cotangent is of no Variable.
+      ValueError: ``nondiff_argnums`` names the module, or a cotangent is of no Variable or
+        has another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, lifted, nnx_bridge as nn
@@ -128,7 +130,7 @@ def _cotangents(structure: Structure, like: Any, given: Any) -> list[Any]:
       given: the cotangents, in any form.
 
     Raises:
-      ValueError: one is of no Variable.
+      ValueError: one is of no Variable, or has another shape.
     """
     (per_target,) = structure.split(like)
     by_target = structure.as_variables(given, like)
@@ -140,8 +142,15 @@ def _cotangents(structure: Structure, like: Any, given: Any) -> list[Any]:
             continue
         cotangents = dict(flat(tree, ())) if isinstance(tree, Mapping) else {}
         for path, leaf in nnx.to_flat_state(variables):
-            missing = [None] * len(jax.tree.leaves(leaf))
-            found += jax.tree.leaves(cotangents.pop(tuple(path), None)) or missing
+            parts = jax.tree.leaves(leaf)
+            of_leaf = jax.tree.leaves(cotangents.pop(tuple(path), None)) or [None] * len(parts)
+            for part, cotangent in zip(parts, of_leaf, strict=True):
+                if cotangent is not None and np.shape(cotangent) != np.shape(part):
+                    raise ValueError(
+                        f"custom_vjp: backward_fn returns a cotangent of {path_text(path)} that is "
+                        f"{describe(cotangent)}, but the Variable is {describe(part)}."
+                    )
+            found += of_leaf
         for path in cotangents:
             raise ValueError(
                 f"custom_vjp: backward_fn returns a cotangent of {path_text(path)}, but the module "

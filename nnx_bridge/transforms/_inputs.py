@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from lifted._errors import Path, describe, dtype_of, path_text
-from nnx_bridge import _flax_private
 from nnx_bridge.functional import NNXUpdates, Old
 from nnx_bridge.transforms._lifting import Axes, Form, Key, Leaf, Lifting
 from nnx_bridge.transforms._metadata import axis_removed
 from nnx_bridge.transforms._plan import Kept, Where
+from nnx_bridge.transforms._targets import is_recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Inputs:
         of_leaves = lifting.leaves, lifting.into, lifting.numbers, lifting.structures
         for (path, leaf), into, numbers, treedef in zip(*of_leaves, strict=True):
             parts = [lifting.parts[i] for i in numbers]
-            where = _fitting(path, into, parts, size)
+            where = _fitting(path, leaf, into, parts, size)
             self.places[path] = where, numbers, treedef
             for key, part in zip(numbers, parts, strict=True):
                 if where is Kept.CARRY:
@@ -141,13 +141,13 @@ class Step:
                 continue
             where = plan.out(path, entry.leaf, into)
             if where is Kept.NOWHERE:
-                if not _flax_private.is_captured(path):
+                if not is_recorded(path, entry.leaf):
                     raise ValueError(plan.unmapped(path, entry.leaf, "written"))
                 leaves.append(_dropped(path, entry.leaf, own, old))
                 continue
             same = old is not None and len(own) == len(parts)
             # What was recorded before may be in another place now.
-            moves = isinstance(where, int) and _flax_private.is_captured(path)
+            moves = isinstance(where, int) and is_recorded(path, entry.leaf)
             sources: list[Any] = []
             for i, part in enumerate(parts):
                 number = numbers.get(id(part))
@@ -187,9 +187,9 @@ class Step:
             )
 
 
-def _fitting(path: Path, where: Where, parts: Sequence[Any], size: int | None) -> Where:
+def _fitting(path: Path, leaf: Any, where: Where, parts: Sequence[Any], size: int | None) -> Where:
     """``where``; but what was recorded outside of the lifted call has no axis."""
-    if not isinstance(where, int) or not _flax_private.is_captured(path):
+    if not isinstance(where, int) or not is_recorded(path, leaf):
         return where
     fits = all(-np.ndim(x) <= where < np.ndim(x) and np.shape(x)[where] == size for x in parts)
     return where if fits else Kept.BROADCAST

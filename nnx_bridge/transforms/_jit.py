@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lifted import Functional
+from lifted._errors import suggestion
 from nnx_bridge.functional import NNXGroup
 from nnx_bridge.transforms._targets import check_output, functionalized, lift_target, with_targets
 
@@ -45,6 +46,7 @@ def jit(
 
     Raises:
       TypeError: the target is neither.
+      ValueError: a name in ``static_argnames`` is of no argument.
 
     Example:
       >>> import jax.numpy as jnp, nnx_bridge as nn
@@ -132,14 +134,20 @@ def _many(given: Any) -> tuple[Any, ...]:
 def _static(fn: Callable[..., Any], numbers: Any, names: Any) -> tuple[list[int], list[str]]:
     """Numbers and names of static arguments; each is both, so that it may be given either way."""
     names = list(_many(names))
-    known = list(inspect.signature(fn).parameters)
+    parameters = inspect.signature(fn).parameters
+    known = list(parameters)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"jit: static_argnames: {getattr(fn, '__name__', fn)} has no argument "
+                    f"{name!r}; {suggestion(name, known)}."
+                )
     found = {number % len(known) if number < 0 else number for number in _many(numbers)}
     names += [known[number] for number in sorted(found) if number < len(known)]
     found |= {known.index(name) for name in names if name in known}
     keyword_only = {
-        name
-        for name, parameter in inspect.signature(fn).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY
     }
     positional = [number for number in sorted(found) if known[number] not in keyword_only]
     return positional, list(dict.fromkeys(names))

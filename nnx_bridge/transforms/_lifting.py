@@ -22,7 +22,7 @@ from nnx_bridge.functional import NNXGroup, NNXUpdates, Old
 from nnx_bridge.transforms._arguments import axis_size
 from nnx_bridge.transforms._metadata import axis_added
 from nnx_bridge.transforms._plan import Kept, Plan, Where
-from nnx_bridge.transforms._targets import functionalized
+from nnx_bridge.transforms._targets import functionalized, is_recorded
 
 Axes = dict[int, list[Any]]
 Key = (
@@ -90,8 +90,8 @@ class Lifting:
     def sizes(self) -> list[tuple[Path, int]]:
         """The sizes of the Variables that have an axis, with their paths."""
         found = []
-        for (path, _), where, numbers in zip(self.leaves, self.into, self.numbers, strict=True):
-            if isinstance(where, int) and not _flax_private.is_captured(path):
+        for (path, leaf), where, numbers in zip(self.leaves, self.into, self.numbers, strict=True):
+            if isinstance(where, int) and not is_recorded(path, leaf):
                 found += [(path[1:], axis_size(path[1:], self.parts[i], where)) for i in numbers]
         return found
 

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from flax.core import meta
 
-from lifted._errors import Path, path_text, suggestion
+from lifted._errors import Path, describe, path_text, suggestion
 from lifted._nested import flat
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import linen_path, to_variables
@@ -47,8 +47,14 @@ def with_values(state: Any, old: nnx.State, collections: Any, where: str) -> Any
       where: they come from, for messages.
 
     Raises:
-      ValueError: the collections are of other Variables.
+      TypeError: the collections are no dicts.
+      ValueError: they are of other Variables.
     """
+    if not isinstance(collections, Mapping):
+        raise TypeError(
+            f"{where} must return nested dicts by collection, as it is given; it returned "
+            f"{describe(collections)}."
+        )
     given = {tuple(map(str, path)): value for path, value in flat(collections, ())}
     wanted = {
         tuple(map(str, linen_path(path, leaf))): (path, leaf)

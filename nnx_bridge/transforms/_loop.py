@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import broadcast
 
+from lifted._errors import describe
 from nnx_bridge.transforms._arguments import axes_of
 from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._invariants import varying_outputs
@@ -149,6 +151,12 @@ class Loop:
         ys, structure = jax.tree.flatten(ys)
         treedef: Any = structure
         y_axes = axes_of("scan", self._out_axes, treedef.unflatten(ys), broadcast, "out_axes")
+        for i, (y, axis) in enumerate(zip(ys, y_axes, strict=True)):
+            if axis is not broadcast and not -np.ndim(y) - 1 <= axis <= np.ndim(y):
+                raise ValueError(
+                    f"scan: out_axes={self._out_axes!r}: leaf {i} of the output is {describe(y)} "
+                    f"in each step, so no axis {axis} can be added."
+                )
         self._ys.append((treedef, y_axes))
         kept = taken.kept
         kept |= {_Output(i): y for i, y in enumerate(ys) if y_axes[i] is broadcast}

@@ -23,6 +23,7 @@ from lifted._errors import Path, path_text
 from nnx_bridge import _flax_private
 from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional import Predicate, to_predicate
+from nnx_bridge.transforms._targets import is_recorded
 
 
 class Kept(enum.Enum):
@@ -176,9 +177,9 @@ class Plan:
         if issubclass(kind, nnx.RngState):
             return self._into_stream(path, leaf)
         rule = self.rule_into(path, leaf)
-        if rule is None and _flax_private.is_captured(path):
-            return Kept.BROADCAST  # What is recorded inside without a rule is dropped.
-        return Kept.NOWHERE if rule is None else rule.into
+        if rule is None:  # What is recorded inside without a rule is dropped.
+            return Kept.BROADCAST if is_recorded(path, leaf) else Kept.NOWHERE
+        return rule.into
 
     def rule_into(self, path: Path, leaf: Any) -> Rule | None:
         """The rule by which a Variable comes in."""
@@ -227,7 +228,7 @@ class Plan:
         if not isinstance(leaf, nnx.Variable) or isinstance(leaf, nnx.RngState):
             remedy = "Make it a Variable of a collection that has an axis"
         else:
-            remedy = f"Pass {_REMEDIES[self.name].format(repr(collection_name(type(leaf))))}"
+            remedy = f"Pass {_VARYING[self.name].format(repr(collection_name(type(leaf))))}"
         return (
             f"{self.name}: {where} is the same for all steps (broadcast), but what is written to "
             f"it differs from step to step. {remedy}; or write what does not depend on the step, "
@@ -265,14 +266,16 @@ class Plan:
         return found[0] if found else None
 
 
-# How the collections of each transform are mapped.
-_REMEDIES = {
-    "vmap": "variable_axes={{{0}: 0}} for a value for each step, or {{{0}: None}} for one of all",
-    "scan": (
-        "variable_axes={{{0}: 0}} for a value for each step, variable_carry={0} for one that "
-        "goes from step to step, or variable_broadcast={0} for one that stays the same"
-    ),
+# How collections are mapped: those that differ from step to step, and all.
+_AXIS = "variable_axes={{{0}: 0}} for a value for each step"
+_VARYING = {
+    "vmap": _AXIS,
+    "scan": _AXIS + ", or variable_carry={0} for one that goes from step to step",
     "while_loop": "carry_variables={0}",
+}
+_REMEDIES = _VARYING | {
+    "vmap": _AXIS + ", or {{{0}: None}} for one of all",
+    "scan": _VARYING["scan"] + ", or variable_broadcast={0} for one that stays the same",
     "cond": "variables={0}",
     "switch": "variables={0}",
 }

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from flax.core import broadcast
 
-from nnx_bridge.transforms._arguments import agreed, axes_of, bind, sizes_of
+from nnx_bridge.transforms._arguments import agreed, axes_of, bind, check_variables, sizes_of
 from nnx_bridge.transforms._construct import vmapped_init
 from nnx_bridge.transforms._lifting import Lifting
 from nnx_bridge.transforms._loop import Loop
 from nnx_bridge.transforms._plan import Kept, Plan, Rule, rules_of_axes
-from nnx_bridge.transforms._targets import lift_target, with_targets
+from nnx_bridge.transforms._targets import check_carry, lift_target, with_targets
 
 _NO_OPTIONS: Mapping[Any, Any] = {}
 
@@ -74,7 +74,8 @@ def scan(
       have their Variables in the same places, with the axis.
 
     Raises:
-      TypeError: the target is neither, options have the wrong type, or no pair is returned.
+      TypeError: the target is neither, options have the wrong type, no pair is returned, or the
+        carry holds a module or a Variable.
       ValueError: lengths disagree, a filter names a collection twice, a collection or a stream
         that is not named is used, or a broadcast Variable is written differently per step.
 
@@ -133,12 +134,16 @@ def scanned(
 
     @functools.wraps(fn)
     def looped(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-        inner, mdl, args = with_targets(fn, mdl, bind(fn, args, kwargs))
-        if not args:
+        given = bind(fn, args, kwargs)
+        if not given:
             raise TypeError("scan: the carry is missing: call it with (mdl, carry, *xs).")
+        check_carry("scan", given[0])
+        inner, mdl, args = with_targets(fn, mdl, given)
         carry, *xs = args
         lifting = Lifting(plan, mdl, metadata_params)
         axes = axes_of("scan", in_axes, tuple(xs), nothing=broadcast)
+        if args is not given:
+            check_variables(plan, in_axes, given[1:], nothing=broadcast)
         size = agreed("scan", "length", length, [*sizes_of(axes, tuple(xs)), *lifting.sizes()])
         loop = Loop(lifting, inner, size, carry, tuple(xs), axes, out_axes, data_transform)
         options["length"] = size

@@ -14,8 +14,9 @@ import jax
 from flax import nnx
 
 import lifted
-from lifted._errors import describe
+from lifted._errors import Path, describe, suggestion
 from lifted._group import group_of, is_target, is_value, leaves
+from nnx_bridge import _flax_private
 from nnx_bridge.functional import NNXGroup
 
 Fn = Callable[..., Any]
@@ -51,8 +52,17 @@ def lift_target(
         return functools.partial(made, *target.args, **target.keywords)
     if _is_class(target):
         return _lift_class(name, target, lift, _per_method(name, methods, options), construct)
+    if inspect.ismethod(target) and is_target(target.__self__):
+        method = f"{type(target.__self__).__name__}.{target.__name__}"
+        raise TypeError(
+            f"{name}: expected a function of a module, got a method of one that exists. Lift the "
+            f"function {method}, and give the module first: {name}({method}, ...)(mdl, ...)."
+        )
     if isinstance(target, type) or is_target(target) or not callable(target):
-        got = f"the class {target.__name__}" if isinstance(target, type) else describe(target)
+        if isinstance(target, type):
+            got = f"the class {target.__name__}"
+        else:
+            got = type(target).__name__ if is_target(target) else describe(target)
         raise TypeError(
             f"{name}: expected a class of NNX modules or a function of a module, got {got}. For a "
             f"module that exists lift a function of it: {name}(lambda mdl, x: mdl(x), ...)."
@@ -70,6 +80,13 @@ def _per_method(
     if methods is None:
         return {"__call__": options}
     if isinstance(methods, Mapping):
+        for method, given in methods.items():
+            for option in given:
+                if option not in options:
+                    raise TypeError(
+                        f"{name}: methods: {method!r} has the unknown option {option!r}; "
+                        f"{suggestion(option, options)}."
+                    )
         return dict(methods)
     if isinstance(methods, Sequence) and not isinstance(methods, str):
         return dict.fromkeys(methods, options)
@@ -142,6 +159,15 @@ def _as_base(base: type[nnx.Module], fn: Fn) -> Fn:
     return method
 
 
+def is_recorded(path: Path, leaf: Any) -> bool:
+    """Whether ``leaf`` is what a module has recorded: in a capture context, or by `sow` outside of
+    any, which makes an attribute of it."""
+    if _flax_private.is_captured(path):
+        return True
+    sown = issubclass(type(leaf), nnx.Intermediate) and leaf.get_raw_value()
+    return isinstance(sown, tuple)
+
+
 def functionalized(name: str, mdl: Any, **filters: Any) -> lifted.Functional:
     """The functional of NNX targets.
 
@@ -196,6 +222,25 @@ def with_targets(fn: Fn, mdl: Any, args: Any) -> tuple[Fn, Any, Any]:
         return fn(mdl, *args, **kwargs)
 
     return call, (mdl, *inner), args
+
+
+def check_carry(name: str, carry: Any) -> None:
+    """Checks that a carry holds arrays only.
+
+    Raises:
+      TypeError: there is a module or a Variable in it.
+    """
+    for x in leaves(carry):
+        if isinstance(x, nnx.Variable):
+            raise TypeError(
+                f"{name}: the carry holds a Variable, a {type(x).__name__}; pass its value, x[...]."
+            )
+        if is_target(x):
+            raise TypeError(
+                f"{name}: the carry holds a module, a {type(x).__name__}. Put it into mdl, which "
+                "may be a pytree of modules; variable_carry or carry_variables is for what the "
+                "steps write to it."
+            )
 
 
 def check_output(name: str, y: Any) -> None:

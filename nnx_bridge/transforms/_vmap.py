@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from nnx_bridge.transforms._arguments import agreed, axes_of, bind, sizes_of
+from nnx_bridge.transforms._arguments import agreed, axes_of, bind, check_variables, sizes_of
 from nnx_bridge.transforms._construct import vmapped_init
 from nnx_bridge.transforms._lifting import Lifting
 from nnx_bridge.transforms._mapped import Mapped
@@ -100,9 +100,12 @@ def _vmapped(
 
     @functools.wraps(fn)
     def mapped(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-        inner, mdl, args = with_targets(fn, mdl, bind(fn, args, kwargs))
+        given = bind(fn, args, kwargs)
+        inner, mdl, args = with_targets(fn, mdl, given)
         lifting = Lifting(plan, mdl, metadata_params)
         axes = axes_of("vmap", in_axes, args, nothing=None)
+        if args is not given:
+            check_variables(plan, in_axes, given, nothing=None)
         size = agreed("vmap", "axis_size", axis_size, [*sizes_of(axes, args), *lifting.sizes()])
         options = {"axis_size": size, "axis_name": axis_name, "spmd_axis_name": spmd_axis_name}
         call = Mapped(lifting, inner, args, in_axes, out_axes, options)

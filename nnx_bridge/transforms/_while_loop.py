@@ -9,7 +9,7 @@ from lifted._engine import unbound
 from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._lifting import Form, Lifting
 from nnx_bridge.transforms._plan import Kept, Plan, Rule
-from nnx_bridge.transforms._targets import check_output
+from nnx_bridge.transforms._targets import check_carry, check_output
 
 _NO_OPTIONS: Mapping[Any, bool] = {}
 
@@ -41,7 +41,7 @@ def while_loop(
       The last carry.
 
     Raises:
-      TypeError: a function is none.
+      TypeError: a function is none, or the carry holds a module or a Variable.
       ValueError: a Variable is written that is not carried, or one that is changes its shape or
         dtype; or a filter names a collection twice.
 
@@ -63,6 +63,7 @@ def while_loop(
 
     Source: https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/transformations.html
     """
+    check_carry("while_loop", init)
     cond_fn, body_fn = (unbound("while_loop", fn, mdl) for fn in (cond_fn, body_fn))
     rules = [
         Rule(f"carry_variables={carry_variables!r}", carry_variables, Kept.CARRY, Kept.CARRY),

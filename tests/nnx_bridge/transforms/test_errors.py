@@ -119,6 +119,14 @@ def test_lengths_that_are_none(lengths: Any) -> None:
         nn.remat_scan(nnx.Linear, lengths=lengths)
 
 
+@pytest.mark.parametrize(
+    ("length", "error", "message"), [(-1, ValueError, "0 or more, got -1"), (2.0, TypeError, "int")]
+)
+def test_a_length_that_is_none(length: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"scan: length: expected .*{message}"):
+        nn.scan(step, variable_broadcast=True, length=length)(NNXBlock(nnx.Rngs(0)), X, None)
+
+
 def test_no_size() -> None:
     with pytest.raises(ValueError, match="length is needed"):
         nn.scan(step, variable_broadcast=True)(NNXBlock(nnx.Rngs(0)), X)
@@ -137,15 +145,68 @@ def test_a_broadcast_variable_that_is_written_differently(transform: str) -> Non
     mdl = stacked(4)
     mdl.mean = nnx.BatchStat(jnp.zeros(3))
     before = nnx.state(nnx.clone(mdl))
-    with pytest.raises(ValueError, match=r"mean is the same for all steps.*'batch_stats'"):
+    with pytest.raises(ValueError, match=r"mean is the same for all steps.*'batch_stats'") as error:
         getattr(nn, transform)(step, **options)(mdl, X)
     assert_trees_equal(nnx.state(mdl), before)
+    assert "variable_broadcast" not in str(error.value)  # What it is already is no remedy.
+    assert "None" not in str(error.value)
 
 
 def test_an_output_that_is_broadcast_and_differs() -> None:
     run = nn.scan(step, variable_axes=BOTH, out_axes=nn.broadcast)
     with pytest.raises(ValueError, match=r"leaf 0 of the output depends on the step"):
         run(stacked(), X)
+
+
+def test_an_axis_that_an_output_cannot_get() -> None:
+    run = nn.scan(step, variable_axes=BOTH, out_axes=2)
+    with pytest.raises(ValueError, match=r"out_axes=2: leaf 0 of the output is float32\[\]"):
+        run(stacked(), X)
+
+
+@pytest.mark.parametrize(
+    ("transform", "axes", "remedy"),
+    [
+        (nn.vmap, 0, "None"),
+        (nn.vmap, (0, 0), "None"),
+        (nn.scan, (0,), "broadcast"),
+    ],
+)
+def test_a_variable_among_the_arguments_with_another_axis(
+    transform: Any, axes: Any, remedy: str
+) -> None:
+    def add(mdl: Any, x: jax.Array, variable: Any) -> Any:
+        return mdl(x) + variable[...], None
+
+    rules = {"vmap": {"variable_axes": {"params": None}}, "scan": {"variable_broadcast": "params"}}
+    run = transform(add, **rules[transform.__name__], in_axes=axes)
+    with pytest.raises(ValueError, match=rf"axis 0 to a Variable .*Param.*\[...\].*axis {remedy}"):
+        run(models.make(models.MLP), X, nnx.Param(X))
+    with pytest.raises(ValueError, match="an argument is given.*collection 'cache'"):
+        run(models.make(models.MLP), X, nnx.Cache(X))
+
+
+def test_a_variable_among_the_arguments_follows_its_collection() -> None:
+    def add(mdl: Any, x: jax.Array, variable: Any) -> Any:
+        return x + variable[...]
+
+    mdl = models.make(models.MLP)
+    y = nn.vmap(add, variable_axes={"params": None}, in_axes=(0, None))(mdl, X, nnx.Param(X[0]))
+    assert_trees_equal(y, X + X[0])
+    axes = {"params": None, "cache": 0}
+    assert_trees_equal(nn.vmap(add, variable_axes=axes)(mdl, X, nnx.Cache(X)), X + X)
+
+
+@pytest.mark.parametrize(
+    ("carry", "message"),
+    [(nnx.Param(X), r"a Variable, a Param; pass its value"), (nnx.Rngs(0), "a module, a Rngs")],
+)
+def test_a_carry_that_is_no_array(carry: Any, message: str) -> None:
+    mdl = models.make(models.MLP)
+    with pytest.raises(TypeError, match=f"scan: the carry holds {message}"):
+        nn.scan(step, variable_broadcast=True, length=2)(mdl, (X, carry))
+    with pytest.raises(TypeError, match=f"while_loop: the carry holds {message}"):
+        nn.while_loop(lambda mdl, x: False, step, mdl, carry)
 
 
 @pytest.mark.parametrize("transform", ["scan", "vmap"])
@@ -214,12 +275,19 @@ def test_a_map_that_changes_the_paths() -> None:
         run(NNXBlock(nnx.Rngs(0)), X)
 
 
+@pytest.mark.parametrize("result", [None, 3.0])
+def test_a_map_that_returns_no_dicts(result: Any) -> None:
+    with pytest.raises(TypeError, match="trans_in_fn must return nested dicts by collection"):
+        nn.map_variables(step, "params", lambda v: result)(NNXBlock(nnx.Rngs(0)), X)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
         (3, "got int"),
         (int, "got the class int"),
         (linen.Dense, "got the class Dense"),
+        (nnx.Rngs(0), "got Rngs"),
     ],
 )
 def test_what_cannot_be_lifted(target: Any, message: str) -> None:
@@ -230,6 +298,11 @@ def test_what_cannot_be_lifted(target: Any, message: str) -> None:
 def test_a_module_that_is_lifted_itself() -> None:
     with pytest.raises(TypeError, match="For a module that exists lift a function of it"):
         nn.vmap(NNXBlock(nnx.Rngs(0)))
+
+
+def test_a_method_of_a_module_that_exists() -> None:
+    with pytest.raises(TypeError, match=r"Lift the function NNXBlock.__call__, and"):
+        nn.remat(NNXBlock(nnx.Rngs(0)).__call__)
 
 
 def test_a_linen_module() -> None:
@@ -249,6 +322,19 @@ def test_methods_that_disagree_on_how_variables_are_made() -> None:
     methods = {"step": {"variable_axes": {"params": 0}}, "__call__": {"variable_axes": {}}}
     with pytest.raises(ValueError, match=r"'step' has variable_axes=\{'params': 0\} and '__ca"):
         nn.vmap(Stepping, methods=methods)
+
+
+def test_a_misspelt_option_of_a_method() -> None:
+    with pytest.raises(TypeError, match="'step' has the unknown .*did you mean 'variable_axes'"):
+        nn.vmap(Stepping, methods={"step": {"variable_axs": {"params": 0}}})
+
+
+def test_a_misspelt_static_argument() -> None:
+    def call(mdl: Any, x: jax.Array, train: bool) -> Any:
+        return mdl(x)
+
+    with pytest.raises(ValueError, match="static_argnames: call .*'trian'; did you mean 'train'"):
+        nn.jit(call, static_argnames="trian")
 
 
 class Stepping(NNXBlock):

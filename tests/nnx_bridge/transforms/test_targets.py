@@ -249,6 +249,39 @@ def test_what_is_recorded_without_a_rule_is_dropped() -> None:
     assert not recorded
 
 
+class Sowing(nnx.Module):
+    """Sows whether something captures or not, as code of Linen does."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> Any:
+        y = self.dense(x)
+        self.sow(nnx.Intermediate, "y", y)
+        return y, None
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("axes", [{"params": 0}, {"params": 0, "intermediates": 0}])
+def test_what_is_sown_outside_of_a_capture(axes: Any) -> None:
+    blocks = nn.scan(Sowing, axes, split_rngs={"params": True}, length=2)(nnx.Rngs(0))
+    for times in range(3):
+        recorded = nnx.state(blocks, nnx.Intermediate)
+        values = recorded["y"].get_value() if recorded else ()
+        assert [y.shape for y in values] == [(2, 4, 3)] * times * ("intermediates" in axes)
+        blocks(X)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_what_was_sown_before_a_loop_stays() -> None:
+    mdl = Sowing(nnx.Rngs(0))
+    mdl(X)
+    nn.scan(lambda mdl, x: mdl(x), variable_broadcast="params", length=2)(mdl, X)
+    run = nn.vmap(lambda mdl, x: mdl(x)[0], {"params": None, "intermediates": 0})
+    run(mdl, X[None])
+    assert [y.shape for y in mdl.y.get_value()] == [(4, 3), (1, 4, 3)]
+
+
 def test_what_is_recorded_twice_is_there_twice() -> None:
     axes = {"params": 0, "batch_stats": 0, "intermediates": 0}
     blocks = nn.scan(NNXBlock, axes, split_rngs={"params": True}, length=2)

@@ -18,11 +18,15 @@ from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict
 from tests.nnx_bridge.transforms.twins import (
     LinenBlock,
     LinenDraws,
+    LinenGradient,
     NNXBlock,
+    NNXGradient,
     collections,
     linen_gradient,
+    linen_tangent,
     nnx_draws,
     nnx_gradient,
+    nnx_tangent,
     pair,
 )
 
@@ -34,21 +38,28 @@ fewer = settings(max_examples=settings().max_examples // 4)
 
 
 def agree(
-    lift: Any, x: jax.Array = X, *args: Any, sown: bool = True, carried: bool = False
+    lift: Any,
+    x: jax.Array = X,
+    *args: Any,
+    sown: bool = True,
+    carried: bool = False,
+    blocks: Any = (LinenBlock, NNXBlock),
+    outer: str = "grad",
 ) -> None:
-    """Variables, outputs, writes, sown values and gradients of a lifted class are equal.
+    """Variables, outputs, writes, sown values and derivatives of a lifted class are equal.
 
     Linen cannot create what a loop carries, so with ``carried`` the variables are those of NNX.
     """
-    module, mdl = lift(linen, LinenBlock)(), lift(nnx_bridge, NNXBlock)(nnx.Rngs(0))
+    module, mdl = lift(linen, blocks[0])(), lift(nnx_bridge, blocks[1])(nnx.Rngs(0))
     created = collections(mdl)
     variables = created
     if not carried:
         variables, mdl = pair(module, mdl, x, *args)
     assert jax.tree.map(jnp.shape, created) == jax.tree.map(jnp.shape, variables)
-    assert_trees_close(
-        nnx_gradient(nnx.clone(mdl), x, *args), linen_gradient(module, variables, x, *args)
+    of_nnx, of_linen = (
+        (nnx_gradient, linen_gradient) if outer == "grad" else (nnx_tangent, linen_tangent)
     )
+    assert_trees_close(of_nnx(nnx.clone(mdl), x, *args), of_linen(module, variables, x, *args))
 
     y, updates = module.apply(variables, x, *args, mutable=["batch_stats", "intermediates"])
     with strict():
@@ -119,12 +130,17 @@ def test_vmap(params: Any, stats: int, in_axis: int, out_axis: int, size: int, s
 
 
 @fewer
-@given(order=st.permutations(["scan", "vmap", "remat"]))
-def test_nestings(order: list[str]) -> None:
-    both = {"params": 0, "batch_stats": 0, "intermediates": 0}
+@given(
+    order=st.permutations(["scan", "vmap", "remat"]),
+    axes=st.tuples(st.sampled_from([0, 1, -1]), st.sampled_from([0, 1, -1])),
+    blocks=st.sampled_from([(LinenBlock, NNXBlock), (LinenGradient, NNXGradient)]),
+    outer=st.sampled_from(["grad", "jvp"]),
+)
+def test_nestings(order: list[str], axes: tuple[int, int], blocks: Any, outer: str) -> None:
+    of_scan, of_vmap = ({"params": axis, "batch_stats": axis, "intermediates": 0} for axis in axes)
     options = {
-        "scan": {"variable_axes": both, "split_rngs": {"params": True}, "length": 2},
-        "vmap": {"variable_axes": both, "split_rngs": {"params": True}, "axis_size": 3},
+        "scan": {"variable_axes": of_scan, "split_rngs": {"params": True}, "length": 2},
+        "vmap": {"variable_axes": of_vmap, "split_rngs": {"params": True}, "axis_size": 3},
         "remat": {},
     }
 
@@ -133,7 +149,7 @@ def test_nestings(order: list[str]) -> None:
             block = getattr(nn, name)(block, **options[name])
         return block
 
-    agree(lift, normal(3, 2, 3))
+    agree(lift, normal(3, 2, 3), blocks=blocks, outer=outer)
 
 
 def test_remat_scan() -> None:

@@ -267,6 +267,13 @@ def test_a_cotangent_of_no_variable() -> None:
         jax.grad(lambda x: run(models.make(models.MLP), x).sum())(X)
 
 
+def test_a_cotangent_of_another_shape() -> None:
+    wrong = {"first": {"kernel": jnp.ones(2)}}
+    run = nn.custom_vjp(call, lambda m, x: (m(x), x), lambda x, t: (wrong, x))
+    with pytest.raises(ValueError, match=r"first/kernel that is float32\[2\], but the Variable is"):
+        jax.grad(lambda x: run(models.make(models.MLP), x).sum())(X)
+
+
 # Keys, names in profiles, data_transform
 
 

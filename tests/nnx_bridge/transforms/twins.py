@@ -3,7 +3,7 @@ NNX, with equal names of Variables."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,22 @@ from tests.helpers import initialized
 WIDTH = 3
 
 
-def with_tangent(mdl: Any, x: jax.Array) -> Any:
+def with_derivative(mdl: Any, x: jax.Array, inner: str) -> Any:
     """The output and a derivative of it: a transform of ours inside of what is lifted."""
-    return lifted.jvp(lambda mdl, x: mdl(x), mdl, (x,), (jnp.ones_like(x),), {})
+    if inner == "jvp":
+        return lifted.jvp(lambda mdl, x: mdl(x), mdl, (x,), (jnp.ones_like(x),), {})
+    (gradient,) = lifted.grad(lambda mdl, x: mdl(x).sum(), mdl, x)
+    return mdl(x), gradient
 
 
 class LinenBlock(linen.Module):
     """Parameters, statistics that it writes, and values that it sows."""
 
+    inner: ClassVar = "jvp"
+
     @linen.compact
     def __call__(self, x: jax.Array, scale: Any = None) -> tuple[jax.Array, jax.Array]:
-        h, h_dot = with_tangent(linen.Dense(WIDTH, name="dense"), x)
+        h, h_dot = with_derivative(linen.Dense(WIDTH, name="dense"), x, self.inner)
         mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(WIDTH))
         if not self.is_initializing():
             mean.value = 0.5 * mean.value + 0.5 * h.mean(tuple(range(h.ndim - 1)))
@@ -36,17 +41,27 @@ class LinenBlock(linen.Module):
 
 
 class NNXBlock(nnx.Module):
+    inner: ClassVar = "jvp"
+
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
         self.mean = nnx.BatchStat(jnp.zeros(WIDTH))
 
     def __call__(self, x: jax.Array, scale: Any = None) -> tuple[jax.Array, jax.Array]:
-        h, h_dot = with_tangent(self.dense, x)
+        h, h_dot = with_derivative(self.dense, x, self.inner)
         self.mean[...] = 0.5 * self.mean[...] + 0.5 * h.mean(tuple(range(h.ndim - 1)))
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "h", h)
         y = jnp.tanh(h + self.mean[...]) * h_dot * (1.0 if scale is None else scale)
         return y, y.sum()
+
+
+class LinenGradient(LinenBlock):
+    inner: ClassVar = "grad"
+
+
+class NNXGradient(NNXBlock):
+    inner: ClassVar = "grad"
 
 
 class LinenDraws(linen.Module):
@@ -93,3 +108,14 @@ def nnx_gradient(mdl: Any, x: jax.Array, *args: Any) -> Any:
 
     grads, t_x = lifted.grad(loss, mdl, x, grad_variables="params")
     return nnx_bridge.to_variables(grads)["params"], t_x
+
+
+def linen_tangent(module: linen.Module, variables: Any, x: jax.Array, *args: Any) -> Any:
+    def call(x: jax.Array) -> Any:
+        return module.apply(variables, x, *args, mutable=["batch_stats"])[0]
+
+    return jax.jvp(call, (x,), (jnp.cos(x),))
+
+
+def nnx_tangent(mdl: Any, x: jax.Array, *args: Any) -> Any:
+    return lifted.jvp(lambda mdl, x: mdl(x, *args), mdl, (x,), (jnp.cos(x),), {})
