@@ -96,6 +96,8 @@ class Problem:
             bare = LinenSide(case.module, {}, False, case.method).in_mode(training, arguments)
             variables = case.variables or variables
             variables = variables or _initialised(case, bare, arguments, case.keys(seed))
+            # Zeros that only a derivative asks for; modules of NNX have them while they capture.
+            variables = {col: v for col, v in variables.items() if col != "perturbations"}
             mutable = default_mutable(variables) if case.mutable is None else case.mutable
             side = dataclasses.replace(bare, variables=variables, mutable=mutable)
         else:

@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from nnx_bridge import CaseError, Host, Random, assert_equivalent, compare
+from nnx_bridge import CaseError, Host, Random, assert_equivalent, compare, load
 from nnx_bridge.equivalence._exact import Exact
 from tests.nnx_bridge.equivalence import models as m
 
@@ -119,6 +119,29 @@ def test_two_models_of_one_kind_are_compared() -> None:
     assert_equivalent(nn.Dense(3), nn.Dense(3), x, seeds=1)
     first, second = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1))
     assert_equivalent(first, second, x, seeds=1)
+
+
+class Perturbed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.perturb("h", nn.Dense(3)(x)) ** 2
+
+
+class PerturbedRewrite(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.Dense_0 = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.Dense_0(x) ** 2
+
+
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_perturbations_are_no_variables_that_a_rewrite_must_have(by_plan: bool) -> None:
+    x, model = jnp.ones((2, 4)), PerturbedRewrite(nnx.Rngs(0))
+    variables = Perturbed().init(jax.random.key(0), x)
+    assert "perturbations" in variables
+    plan = load(model, variables) if by_plan else None
+    assert_equivalent(Perturbed(), model, x, correspondence=plan, seeds=1, steps=1)
 
 
 def test_the_callers_model_is_left_as_it_was() -> None:
