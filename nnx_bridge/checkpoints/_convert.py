@@ -15,6 +15,7 @@ from nnx_bridge.checkpoints._entries import (
     CheckpointError,
     Path,
     below,
+    is_empty,
     listed,
     loaded,
     written,
@@ -245,8 +246,8 @@ def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) ->
     if suffix == ".msgpack":
         write_msgpack(place, made.entries, advance)
         return
-    params = below(made.entries, made.layout.collections["params"])
-    beside = [p for p in made.entries if p[: -len(params)] and p[:1] != ("params",)]
+    root = made.layout.collections["params"]
+    beside = [p for p, v in made.entries.items() if p[: len(root)] != root and not is_empty(v)]
     if beside:
         raise CheckpointError(f"safetensors keeps parameters alone; there is also {listed(beside)}")
-    write_safetensors(place, params, advance)
+    write_safetensors(place, below(made.entries, root), advance)

@@ -71,6 +71,21 @@ def test_weights_of_hugging_face_are_found_in_their_folder(name: str, tmp_path: 
         assert back.read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_safetensors_that_would_leave_something_behind_are_not_written(
+    optimized: bool, tmp_path: Path
+) -> None:
+    dense, norm = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    state: Any = nnx.state(nnx.Dict(dense=dense, norm=norm))
+    if optimized:
+        state = {"model": nnx.state(dense), "optimizer": nnx.state(nnx_optimizer(dense))}
+    save(tmp_path / "nnx", state)
+    left = "opt_state/1/0/count" if optimized else "batch_stats/norm/mean"
+    with pytest.raises(CheckpointError, match=f"keeps parameters alone; there is also .*{left}"):
+        convert(tmp_path / "nnx", tmp_path / "weights.safetensors")
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
 def test_weights_in_several_files_are_put_together(tmp_path: Path) -> None:
     tree = {"layer": {"0": PARAMS, "1": {"kernel": normal(2, 2)}}}
     flat = flatten_dict(tree, sep="/")
