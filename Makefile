@@ -81,6 +81,7 @@ format: $(VENV)/with-dev
 
 bench: $(VENV)/with-dev
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m examples.dropconnect_digits --save benchmarks/results
 
 bench-accelerator: $(VENV)/with-dev
 	JAX_PLATFORMS= $(BIN)/python -m benchmarks tracing intermediates dropconnect

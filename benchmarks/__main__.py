@@ -5,7 +5,7 @@ import pkgutil
 import sys
 
 import benchmarks
-from benchmarks._results import show_claims
+from benchmarks._results import show_claims, write_claims
 
 
 def main(names: list[str]) -> int:
@@ -22,6 +22,7 @@ def main(names: list[str]) -> int:
         table.write()
         tables.append(table)
     show_claims(tables)
+    write_claims()
     failed = [table.name for table in tables if not table.holds]
     if failed:
         print(f"claims that do not hold: {', '.join(failed)}", file=sys.stderr)

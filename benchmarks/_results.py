@@ -119,6 +119,19 @@ class Table:
         plt.close(figure)
 
 
+def write_claims() -> None:
+    """Writes ``results/claims.md``: every row with a claim of all tables that were ever written."""
+    claims = RESULTS / "claims.md"
+    head = ("benchmark", *_COLUMNS[:4], "claim")
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for file in sorted(set(RESULTS.glob("*.md")) - {claims}):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == len(_COLUMNS) and cells[-1].startswith("≤"):
+                lines.append(f"| {' | '.join((file.stem, *cells[:4], cells[-1]))} |")
+    claims.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
 def show_claims(tables: Sequence[Table]) -> None:
     """Prints every claim of several benchmarks in one table."""
     shown = RichTable("benchmark", *_COLUMNS[:4], "claim", title="Claims", caption=setting())

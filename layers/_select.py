@@ -49,6 +49,16 @@ def to_predicate(selector: Selector, name: str) -> Predicate:
 def is_weight(path: Path, value: Any) -> bool:
     """Selects the weights: every Param (or array) of two or more axes but biases and scales.
 
+    When to use: it is the default of `params` in this package; in a predicate of your own it leaves
+    out what is no weight.
+
+    Args:
+      path: where the value stands in its module.
+      value: a Variable, an array, or what has the shape of one.
+
+    Returns:
+      Whether it is selected.
+
     >>> import jax.numpy as jnp
     >>> is_weight(("query", "kernel"), jnp.ones((2, 3))), is_weight(("bias",), jnp.ones((2, 3)))
     (True, False)
@@ -62,6 +72,13 @@ def hidden_to_hidden(path: Path, value: Any) -> bool:
     """Selects the recurrent kernels of the LSTM, GRU and simple cells of Flax, NNX and Linen.
 
     When to use: as `params` of `WeightDrop(nnx.RNN(cell), ...)`, which is the weight-dropped LSTM.
+
+    Args:
+      path: where the value stands in its module.
+      value: a Variable, an array, or what has the shape of one.
+
+    Returns:
+      Whether it is selected.
 
     Source: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", ICLR 2018.
 

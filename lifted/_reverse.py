@@ -102,7 +102,7 @@ def grad(
 ) -> Any:
     """The gradient of a scalar function of a module; as `jax.grad`.
 
-    Args: as of `value_and_grad`.
+    Use it where the value is not wanted too; arguments and errors are those of `value_and_grad`.
 
     Returns:
       The gradients of the primals, a tuple also where there is one primal, as Linen's ``nn.grad``.
@@ -110,8 +110,6 @@ def grad(
       structure of the selected variables: ``{collection: ...}`` for Linen, an `nnx.State` for NNX.
       With an int as ``argnums`` the gradient of that primal stands bare. With ``has_aux`` ``(grads,
       aux)``.
-
-    Raises: as `value_and_grad`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lifted

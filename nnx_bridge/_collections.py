@@ -16,6 +16,7 @@ A dict without any value in it (`{'params': {}}`) stands for nothing and does no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import meta
 
+from lifted._errors import describe
 from lifted._nested import flat
 from lifted._trees import identical
 from nnx_bridge._names import (
@@ -37,6 +39,9 @@ from nnx_bridge._variable_types import collection_name, variable_type
 
 Variables = Mapping[str, Any]
 Path = tuple[Any, ...]  # Strings, and the integers of NNX lists.
+
+# What Linen calls a module that nobody has named: `Dense_0`.
+_OF_A_MODULE = re.compile(r"[A-Z]\w*_\d+")
 
 # Metadata by which a Variable remembers what it was in Linen.
 BOX = "linen_box"
@@ -183,7 +188,7 @@ def to_state(variables: Variables) -> nnx.State:
 
     Raises:
       TypeError: `variables` is not nested by collection.
-      ValueError: See `to_variable`.
+      ValueError: A collection has the name that Linen gives to a module; or see `to_variable`.
 
     Example:
         >>> state = to_state({"params": {"w": 1.0}, "ema": {"w": 2.0}})
@@ -192,6 +197,12 @@ def to_state(variables: Variables) -> nnx.State:
         >>> to_variables(state)
         {'ema': {'w': 2.0}, 'params': {'w': 1.0}}
     """
+    for name in variables:
+        if _OF_A_MODULE.fullmatch(str(name)):
+            raise ValueError(
+                f"variables: {name!r} is the name of a module, not of a collection; parameters "
+                "alone are written {'params': parameters}"
+            )
     return nnx.from_flat_state(list(to_flat_state(variables)))
 
 
@@ -225,12 +236,26 @@ def _attributes(collection: str, modules: list[str]) -> Path:
 def to_variables(state: nnx.State) -> dict[str, Any]:
     """An NNX state as Linen variables, the inverse of `to_state`.
 
-    Names are those of Linen, also in the state of a `Host` in which some are changed.
+    Args:
+      state: The state of a module, as `nnx.state` gives it, or a part of it.
+
+    Returns:
+      Nested dicts by collection. Names are those of Linen, also of the state of a `Host` in which
+      some are changed; metadata boxes are back.
 
     Raises:
+      TypeError: `state` is no state.
       ValueError: A Variable's type cannot be given a collection (see `collection_name`), or two
         Variables have the same path in Linen.
+
+    Example:
+        >>> to_variables(nnx.State({"norm": {"scale": nnx.Param(1.0), "mean": nnx.BatchStat(0.0)}}))
+        {'batch_stats': {'norm': {'mean': 0.0}}, 'params': {'norm': {'scale': 1.0}}}
     """
+    if not isinstance(state, nnx.State):
+        raise TypeError(
+            f"state: expected an nnx.State, as nnx.state(module) gives it; got {describe(state)}"
+        )
     return nest(
         (linen_path(path, variable), from_variable(variable))
         for path, variable in nnx.to_flat_state(state)

@@ -63,6 +63,9 @@ def linen_rngs(
       paths: The Linen paths of layers with other names there, by their NNX paths, both written as
         `encoder/Dropout_0`. By default they are equal.
 
+    Returns:
+      A context manager; when it ends, the layers have the streams that they had.
+
     Raises:
       ValueError: `paths` names a layer that does not draw random numbers, or that is not there.
 

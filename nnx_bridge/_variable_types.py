@@ -17,6 +17,15 @@ from flax import nnx
 def variable_type(collection: str) -> type[nnx.Variable[Any]]:
     """The Variable type of a Linen collection; an unknown collection gets a new type.
 
+    Use it to select Variables of a collection that Flax has no type for: `nnx.state(model,
+    variable_type("ema"))`.
+
+    Args:
+      collection: The collection's name.
+
+    Returns:
+      The type that Flax's registry has for it.
+
     Example:
         >>> variable_type("batch_stats").__name__
         'BatchStat'
@@ -30,7 +39,11 @@ def variable_type(collection: str) -> type[nnx.Variable[Any]]:
 def collection_name(variable_type: type[nnx.Variable[Any]]) -> str:
     """The Linen collection of a Variable type, the inverse of `variable_type`.
 
-    A type that is not registered is entered under the name of its class.
+    Args:
+      variable_type: The type; one that is not registered is entered under the name of its class.
+
+    Returns:
+      The collection's name.
 
     Raises:
       ValueError: The class is not registered, and its name is that of another collection.

@@ -248,7 +248,7 @@ def _linen_outputs(outputs: Callable[[Any, str], bool], name: str) -> Iterator[N
 
     def sow(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
-        if outputs(context.module, context.method_name):
+        if context.method_name != "setup" and outputs(context.module, context.method_name):
             context.module.sow(name, context.method_name, y)
         return y
 

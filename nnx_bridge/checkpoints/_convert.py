@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nnx_bridge.checkpoints import _mapping, _orbax, _plan, _structure
+from nnx_bridge.checkpoints import _mapping, _plan, _structure
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
     Path,
@@ -24,6 +24,7 @@ from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_a
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import write_msgpack
 from nnx_bridge.checkpoints._names import VALUE
+from nnx_bridge.checkpoints._orbax_writer import write_orbax
 from nnx_bridge.checkpoints._publish import published, sweep
 from nnx_bridge.checkpoints._safetensors import write_safetensors
 from nnx_bridge.checkpoints._source import Source, open_source
@@ -234,9 +235,9 @@ def _check_places(source: FilePath, destination: FilePath, force: bool) -> None:
 def _write(place: FilePath, destination: FilePath, made: _Made, advance: Any) -> None:
     suffix = destination.suffix
     if suffix not in (".msgpack", ".safetensors"):
-        _orbax.write(place, made.entries, {"flaxlift": made.custom}, advance)
+        write_orbax(place, made.entries, {"flaxlift": made.custom}, advance)
         if made.apart:
-            _orbax.write(place / RNGS, made.apart, None, advance)
+            write_orbax(place / RNGS, made.apart, None, advance)
         return
     if not isinstance(made.layout, Linen):
         raise CheckpointError(

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-import jax
-import numpy as np
 from flax import nnx, serialization
 
 from nnx_bridge._names import located
-from nnx_bridge._placement import placed_like
 from nnx_bridge.checkpoints import _mapping, _plan
 from nnx_bridge.checkpoints._entries import (
     CheckpointError,
@@ -22,15 +16,14 @@ from nnx_bridge.checkpoints._entries import (
     Path,
     flat,
     is_empty,
-    listed,
     loaded,
     nested,
     read_all,
-    written,
 )
 from nnx_bridge.checkpoints._layout import Layout, Linen, Nnx, find_layout, is_apart
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._names import VALUE
+from nnx_bridge.checkpoints._places import check, places
 from nnx_bridge.checkpoints._source import open_source
 from nnx_bridge.weights import Plan
 
@@ -114,7 +107,7 @@ def to_train_state(
     """
     structure = _entries(like)
     linen = _linen(structure, "like")
-    entries = {path: place.value for path, place in _targets(model, optimizer).items()}
+    entries = {path: place.value for path, place in places(model, optimizer).items()}
     where, _ = _mapping.to_nnx(structure, linen, plan is not None)
     # Fields that follow the parameters, such as averages of them.
     follow = {target[0] for target in where.values() if target and target[-1] == VALUE}
@@ -149,6 +142,17 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: As for `from_train_state`, or the checkpoint cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> file = FilePath(tempfile.mkdtemp()) / "weights.msgpack"
+        >>> params = {"kernel": np.ones((2, 3), "f4"), "bias": np.zeros(3, "f4")}
+        >>> _ = file.write_bytes(serialization.to_bytes(params))
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> load_checkpoint(file, model)
+        {}
+        >>> float(model.kernel[0, 0])
+        1.0
     """
     source = open_source(FilePath(path), item=item, unsharded=True)
     found = source.layout(layout)
@@ -178,13 +182,13 @@ def _fill(
         made, keys = layout, {}
         end: Path = (VALUE,) if layout.pure else ()
         entries = {(*p, *end): leaf for p, leaf in entries.items()}
-    targets = _targets(model, optimizer)
+    targets = places(model, optimizer)
     values, beside = (
         {p: leaf for p, leaf in part.items() if p in targets or not is_apart(p, leaf, _LIVE)}
         for part in _split(entries, made)
     )
     values = {located(path, targets): leaf for path, leaf in values.items()}
-    _check(values, targets, what, optimizer is not None)
+    check(values, targets, what, optimizer is not None)
     filled = {path: place for path, place in targets.items() if path in values}
     arrays = read_all([values[path] for path in filled])
     for place, value in zip(filled.values(), arrays, strict=True):
@@ -207,7 +211,7 @@ def _linen(structure: Entries, what: str) -> Linen:
 
 
 def _split(entries: Entries, layout: Nnx) -> tuple[dict[Path, Any], dict[Path, Any]]:
-    """What belongs to model and optimizer, by the paths of `_targets`, and what else there is."""
+    """What belongs to model and optimizer, by the paths of `places`, and what else there is."""
     values: dict[Path, Any] = {}
     beside: dict[Path, Any] = {}
     for path, leaf in entries.items():
@@ -218,94 +222,3 @@ def _split(entries: Entries, layout: Nnx) -> tuple[dict[Path, Any], dict[Path, A
         else:
             beside[path] = leaf
     return values, beside
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where an array is: in a Variable, among the leaves of its value, which may be a list."""
-
-    variable: nnx.Variable[Any]
-    index: int
-
-    @property
-    def value(self) -> Any:
-        leaves = jax.tree.leaves(self.variable.get_value())
-        # A MaskedNode of Optax has none.
-        return leaves[self.index] if leaves else None
-
-    def fill(self, value: Any) -> None:
-        leaves, structure = jax.tree.flatten(self.variable.get_value())
-        leaves[self.index] = _placed(value, leaves[self.index])
-        self.variable.set_value(jax.tree.unflatten(structure, leaves))
-
-
-def _targets(model: Any, optimizer: Any) -> dict[Path, _Place]:
-    targets: dict[Path, _Place] = {}
-    for name, of in (("model", model), ("optimizer", optimizer)):
-        if of is not None:
-            for path, variable in nnx.to_flat_state(nnx.state(of)):
-                if not isinstance(variable, nnx.RngState):
-                    start = (name, *map(str, path), VALUE)
-                    inner = jax.tree_util.tree_leaves_with_path(variable.get_value()) or [((), 0)]
-                    for i, (keys, _) in enumerate(inner):
-                        names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
-                        targets[(*start, *names)] = _Place(variable, i)
-    return targets
-
-
-def _check(values: Entries, targets: Mapping[Path, _Place], what: str, has_optimizer: bool) -> None:
-    held = {path: place.value for path, place in targets.items()}
-    lacking = [p for p, value in held.items() if p not in values and not is_empty(value)]
-    left = [
-        p
-        for p, leaf in values.items()
-        if p not in held and not is_empty(leaf) and (has_optimizer or p[0] == "model")
-    ]
-    problems = []
-    if lacking:
-        problems.append(f"{what} lacks {listed(p[:-1] for p in lacking)}")
-    if left:
-        problems.append(f"the model has no place for {listed(p[:-1] for p in left)}")
-        names = {written(p[:-1]): written(left[0][:-1]) for p in lacking}
-        near = difflib.get_close_matches(written(left[0][:-1]), names, n=1)
-        if near:
-            problems.append(f"is {written(left[0][:-1])} what the model calls {near[0]}?")
-    for path, value in held.items():
-        if path in values and is_empty(value) != is_empty(values[path]):
-            of = what if is_empty(values[path]) else "the optimizer"
-            problems.append(f"{written(path[:-1])} is masked in {of} alone")
-        elif path in values and not is_empty(value):
-            problems.extend(_difference(path[:-1], values[path], value))
-    if problems:
-        raise CheckpointError("; ".join(problems[:8]))
-
-
-def _difference(path: Path, saved: Any, held: Any) -> list[str]:
-    if path == ("optimizer", "step"):
-        return []
-    if not hasattr(held, "dtype") or not hasattr(saved, "dtype"):
-        return []
-    a, b = (f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in map(_numbers, (saved, held)))
-    return [] if a == b else [f"{written(path)} is {a} there and {b} in the model"]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(getattr(leaf, "dtype", np.void), jax.dtypes.prng_key)
-
-
-def _numbers(leaf: Any) -> Any:
-    """What a checkpoint keeps of a leaf: of a key the integers that it is made of."""
-    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-
-
-def _placed(value: Any, held: Any) -> Any:
-    if getattr(held, "sharding", None) is None:
-        return value
-    if _is_key(held) != _is_key(value):
-        value = (
-            jax.random.wrap_key_data(value, impl=jax.random.key_impl(held))
-            if _is_key(held)
-            else jax.random.key_data(value)
-        )
-    same = getattr(value, "dtype", None) == held.dtype
-    return placed_like(value if same else jax.numpy.asarray(value, held.dtype), held)

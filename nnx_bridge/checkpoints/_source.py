@@ -12,7 +12,7 @@ from nnx_bridge.checkpoints._entries import CheckpointError, Path, Stored
 from nnx_bridge.checkpoints._layout import Layout, Nnx, find_layout
 from nnx_bridge.checkpoints._mapping import RNGS
 from nnx_bridge.checkpoints._msgpack import MsgpackReader, is_msgpack
-from nnx_bridge.checkpoints._orbax import OrbaxReader, is_orbax
+from nnx_bridge.checkpoints._orbax_reader import OrbaxReader, is_orbax
 from nnx_bridge.checkpoints._publish import interrupted
 from nnx_bridge.checkpoints._safetensors import SafetensorsReader
 

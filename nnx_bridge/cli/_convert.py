@@ -17,7 +17,7 @@ from rich.text import Text
 
 from nnx_bridge.checkpoints import LAYOUTS, CheckpointError, Conversion, convert, describe
 from nnx_bridge.checkpoints._convert import Progress as Report
-from nnx_bridge.checkpoints._orbax import saved_devices
+from nnx_bridge.checkpoints._orbax_reader import saved_devices
 from nnx_bridge.checkpoints._source import locate
 from nnx_bridge.weights import Plan
 

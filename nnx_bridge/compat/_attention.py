@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
-from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike
+from flax.typing import Dtype, PrecisionLike
 from jax import lax
 
-from nnx_bridge._variable_types import variable_type
+from nnx_bridge.compat._attention_settings import (
+    PRODUCTS,
+    AttentionFields,
+    Recorder,
+    made,
+    product_of,
+)
 from nnx_bridge.compat._layer import set_fields, set_variables, shaped, unset
 from nnx_bridge.compat._normalization import LayerNorm
 
-_PRODUCTS = ("qkv_dot_general", "out_dot_general")
-
 Array: TypeAlias = jax.Array
 Key: TypeAlias = Array | nnx.Rngs | nnx.RngStream
-
-
-class AttentionFields(TypedDict, total=False):
-    """Settings of MultiHeadDotProductAttention."""
-
-    dtype: Dtype | None
-    param_dtype: Dtype
-    qkv_features: int | None
-    out_features: int | None
-    broadcast_dropout: bool
-    dropout_rate: float
-    deterministic: bool | None
-    precision: PrecisionLike
-    kernel_init: Initializer
-    out_kernel_init: Initializer | None
-    bias_init: Initializer
-    out_bias_init: Initializer | None
-    use_bias: bool
-    attention_fn: Callable[..., Array]
-    decode: bool
-    normalize_qk: bool
-    force_fp32_for_softmax: bool
-    qkv_dot_general: DotGeneralT | None
-    out_dot_general: DotGeneralT | None
-    qk_attn_weights_einsum_cls: Callable[..., Callable[..., Array]] | None
-    attn_weights_value_einsum_cls: Callable[..., Callable[..., Array]] | None
 
 
 class MultiHeadDotProductAttention(nnx.Module):
@@ -104,7 +81,7 @@ class MultiHeadDotProductAttention(nnx.Module):
         rngs: nnx.Rngs,
         **fields: Unpack[AttentionFields],
     ) -> None:
-        products = {name: _product(fields.get(name)) for name in _PRODUCTS}
+        products = {name: product_of(fields.get(name)) for name in PRODUCTS}
         # The products make no parameters of the twin, and NNX modules are no fields of Linen's.
         others: Any = {name: x for name, x in fields.items() if name not in products}
         twin = nn.MultiHeadDotProductAttention(num_heads, **others)
@@ -205,13 +182,13 @@ class MultiHeadDotProductAttention(nnx.Module):
             "dtype": self.dtype,
             "precision": self.precision,
             "force_fp32_for_softmax": self.force_fp32_for_softmax,
-            "qk_attn_weights_einsum": _made(self.qk_attn_weights_einsum_cls),
-            "attn_weights_value_einsum": _made(self.attn_weights_value_einsum_cls),
+            "qk_attn_weights_einsum": made(self.qk_attn_weights_einsum_cls),
+            "attn_weights_value_einsum": made(self.attn_weights_value_einsum_cls),
         }
         known = inspect.signature(self.attention_fn).parameters
         settings = {name: x for name, x in settings.items() if name in known}
         if sow_weights:
-            settings["module"] = _Recorder(self)
+            settings["module"] = Recorder(self)
         return self.out(self.attention_fn(query, key, value, **settings))
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> None:
@@ -276,6 +253,8 @@ class MultiHeadDotProductAttention(nnx.Module):
 class MultiHeadAttention(MultiHeadDotProductAttention):
     """`flax.linen.MultiHeadAttention`, the other name of `MultiHeadDotProductAttention`.
 
+    Args: as of that.
+
     Example:
         >>> MultiHeadAttention(2, 8, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 8))).shape
         (1, 5, 8)
@@ -284,6 +263,8 @@ class MultiHeadAttention(MultiHeadDotProductAttention):
 
 class SelfAttention(MultiHeadDotProductAttention):
     """`flax.linen.SelfAttention`: queries, keys and values are the same.
+
+    Args: as of `MultiHeadDotProductAttention`.
 
     Example:
         >>> SelfAttention(2, 8, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 8)), jnp.ones((5, 5))).shape
@@ -306,31 +287,3 @@ class SelfAttention(MultiHeadDotProductAttention):
             dropout_rng=dropout_rng,
             sow_weights=sow_weights,
         )
-
-
-class _Recorder:
-    """What Linen's attention functions expect of a module: somewhere to sow."""
-
-    def __init__(self, layer: nnx.Module) -> None:
-        self._layer = layer
-
-    def sow(self, collection: str, name: str, value: Array) -> None:
-        self._layer.sow(variable_type(collection), name, value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A product with the signature of `lax.dot_general` before there was `out_sharding`."""
-
-    product: Callable[..., Array]
-
-    def __call__(self, *args: Any, out_sharding: Any = None, **kwargs: Any) -> Array:
-        return self.product(*args, **kwargs)
-
-
-def _product(product: Any) -> Any:
-    return product if product is None or isinstance(product, nnx.Module) else _Product(product)
-
-
-def _made(cls: Callable[..., Any] | None) -> Any:
-    return None if cls is None else cls()

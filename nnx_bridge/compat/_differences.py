@@ -27,171 +27,139 @@ _ROUNDS_FIRST = (
 )
 
 
-def _ours(name: str) -> str:
-    return f"nnx_bridge.compat.{name}"
+def _ours(linen: str) -> str:
+    return f"nnx_bridge.compat.{linen}"
+
+
+def _equal(linen: str, nnx: str, what: str, compat: str | None = None) -> Difference:
+    return Difference(linen, nnx, "equal", what, "native", compat=compat)
+
+
+def _differs(linen: str, nnx: str, what: str, **more: Any) -> Difference:
+    return Difference(linen, nnx, "differs", what, "compat", compat=_ours(linen), **more)
+
+
+def _missing(linen: str, what: str) -> Difference:
+    return Difference(linen, None, "missing", what, "compat", compat=_ours(linen))
 
 
 _EQUAL = (
-    Difference(
+    _equal(
         "Dense",
         "Linear",
-        "equal",
         "takes `in_features` first; `dot_general_cls` is now an instance, `dot_general`",
-        "native",
     ),
-    Difference(
+    _equal(
         "DenseGeneral",
         "LinearGeneral",
-        "equal",
         "takes `in_features` first; `batch_dims=(0,)` is now `batch_axis={0: size}`",
-        "native",
     ),
-    Difference(
+    _equal(
         "Einsum",
         "Einsum",
-        "equal",
         "takes the equation first and the kernel's shape second; without `bias_shape` it has no "
         "bias, where Linen's `use_bias` is True",
-        "native",
     ),
-    Difference("Conv", "Conv", "equal", "takes `in_features` first", "native"),
-    Difference("ConvTranspose", "ConvTranspose", "equal", "takes `in_features` first", "native"),
-    Difference("Embed", "Embed", "equal", "the same names and numbers", "native"),
-    Difference("PReLU", "PReLU", "equal", "the same names and numbers", "native"),
-    Difference(
+    _equal("Conv", "Conv", "takes `in_features` first"),
+    _equal("ConvTranspose", "ConvTranspose", "takes `in_features` first"),
+    _equal("Embed", "Embed", "the same names and numbers"),
+    _equal("PReLU", "PReLU", "the same names and numbers"),
+    _equal(
         "LSTMCell",
         "LSTMCell",
-        "equal",
         "the gate `if` is the attribute `if_`; ours keeps Linen's names",
-        "native",
         compat=_ours("LSTMCell"),
     ),
-    Difference(
+    _equal(
         "RNN",
         "RNN",
-        "equal",
         "takes `rngs` for the carry where Linen takes `init_key`, and keeps an RNG stream of its "
         "own; `variable_axes` and `split_rngs` are now `state_axes` and `broadcast_rngs`",
-        "native",
     ),
-    Difference(
-        "Bidirectional",
-        "Bidirectional",
-        "equal",
-        "keeps an RNG stream of its own, as each of its RNNs does",
-        "native",
+    _equal(
+        "Bidirectional", "Bidirectional", "keeps an RNG stream of its own, as each of its RNNs does"
     ),
-    Difference(
+    _equal(
         "Sequential",
         "Sequential",
-        "equal",
         "takes the layers as separate arguments; the parameters of `layers_0` are at `layers/0`; "
         "ours keeps Linen's names",
-        "native",
         compat=_ours("Sequential"),
     ),
-    Difference(
+    _equal(
         "RNNCellBase",
         "RNNCellBase",
-        "equal",
         "a base class: `initialize_carry(key, shape)` becomes `initialize_carry(shape, rngs)`",
-        "native",
     ),
-    Difference(
+    _equal(
         "Module",
         "Module",
-        "equal",
         "a base class: fields and `setup` or `@nn.compact` become a constructor that takes `rngs` "
         "and the sizes that Linen finds from the inputs",
-        "native",
     ),
 )
 
 _NORMALISATION = (
-    Difference(
+    _differs(
         "BatchNorm",
         "BatchNorm",
-        "differs",
         f"{_ROUNDS_FIRST}; the result is float32 where the parameters and the input are "
         "half-precision, since the statistics take part in the promotion; no "
         "`force_float32_reductions`; `use_running_average` is False unless it is given, where "
         "Linen asks for it",
-        "compat",
-        compat=_ours("BatchNorm"),
         equal_where={**_SAME_NORM, "param_dtype": (jnp.float32, jnp.float64)},
     ),
-    Difference(
+    _differs(
         "LayerNorm",
         "LayerNorm",
-        "differs",
         f"{_ROUNDS_FIRST}; the parameters have one axis, so several `feature_axes` fail; no "
         "`force_float32_reductions`",
-        "compat",
-        compat=_ours("LayerNorm"),
         equal_where={**_SAME_NORM, "feature_axes": (-1,)},
     ),
-    Difference(
+    _differs(
         "RMSNorm",
         "RMSNorm",
-        "differs",
         f"{_ROUNDS_FIRST}; the parameters have one axis, so several `feature_axes` fail; no "
         "`force_float32_reductions`",
-        "compat",
-        compat=_ours("RMSNorm"),
         equal_where={**_SAME_NORM, "feature_axes": (-1,)},
     ),
-    Difference(
+    _differs(
         "GroupNorm",
         "GroupNorm",
-        "differs",
         f"{_ROUNDS_FIRST}; with `reduction_axes` that leave spatial axes alone, NNX gives the "
         "statistics of one group to another; no `force_float32_reductions`",
-        "compat",
-        compat=_ours("GroupNorm"),
         equal_where={**_SAME_NORM, "reduction_axes": (None,)},
     ),
-    Difference(
+    _differs(
         "InstanceNorm",
         "InstanceNorm",
-        "differs",
         f"{_ROUNDS_FIRST}; the parameters have one axis, so several `feature_axes` fail; no "
         "`force_float32_reductions`",
-        "compat",
-        compat=_ours("InstanceNorm"),
         equal_where={**_SAME_NORM, "feature_axes": (-1,)},
     ),
-    Difference(
+    _differs(
         "WeightNorm",
         "WeightNorm",
-        "differs",
         "a call replaces the layer's kernel by the normalised one, so the gradient is that of "
         "another function and training takes another path; the scales are no Params, so they are "
         "not trained",
-        "compat",
-        compat=_ours("WeightNorm"),
         until="0.12.12",
         source="google/flax#5576, google/flax#5577",
     ),
-    Difference(
+    _differs(
         "WeightNorm",
         "WeightNorm",
-        "differs",
         "a call replaces the layer's kernel by the normalised one, so the gradient is that of "
         "another function and training takes another path",
-        "compat",
-        compat=_ours("WeightNorm"),
         since="0.12.12",
         source="google/flax#5576",
     ),
-    Difference(
+    _differs(
         "SpectralNorm",
         "SpectralNorm",
-        "differs",
         "a call replaces the layer's kernel by the normalised one, even with "
         "`update_stats=False`; `update_stats` is True unless it is given, where Linen asks for it; "
         "the layer gets one argument only",
-        "compat",
-        compat=_ours("SpectralNorm"),
         source="google/flax#5576",
     ),
 )
@@ -203,30 +171,9 @@ _NO_DOUBLE = (
 )
 
 _OTHERS = (
-    Difference(
-        "MultiHeadDotProductAttention",
-        "MultiHeadAttention",
-        "differs",
-        _NO_DOUBLE,
-        "compat",
-        compat=_ours("MultiHeadDotProductAttention"),
-    ),
-    Difference(
-        "MultiHeadAttention",
-        "MultiHeadAttention",
-        "differs",
-        _NO_DOUBLE,
-        "compat",
-        compat=_ours("MultiHeadAttention"),
-    ),
-    Difference(
-        "SelfAttention",
-        None,
-        "missing",
-        "NNX has MultiHeadAttention only, which differs from Linen's",
-        "compat",
-        compat=_ours("SelfAttention"),
-    ),
+    _differs("MultiHeadDotProductAttention", "MultiHeadAttention", _NO_DOUBLE),
+    _differs("MultiHeadAttention", "MultiHeadAttention", _NO_DOUBLE),
+    _missing("SelfAttention", "NNX has MultiHeadAttention only, which differs from Linen's"),
     Difference(
         "Dropout",
         "Dropout",
@@ -237,78 +184,34 @@ _OTHERS = (
         "native",
         compat=_ours("Dropout"),
     ),
-    Difference(
+    _differs(
         "GRUCell",
         "GRUCell",
-        "differs",
         "the bias of `hn` does not exist; the three gates are initialised as one matrix, so a "
         "gate's recurrent kernel is not orthogonal",
-        "compat",
-        compat=_ours("GRUCell"),
         source="google/flax#5594",
     ),
-    Difference(
+    _differs(
         "OptimizedLSTMCell",
         "OptimizedLSTMCell",
-        "differs",
         "computes the same, but the four gates are initialised as one matrix: a gate's recurrent "
         "kernel is not orthogonal, and is smaller",
-        "compat",
-        compat=_ours("OptimizedLSTMCell"),
     ),
-    Difference(
+    _differs(
         "SimpleCell",
         "SimpleCell",
-        "differs",
         "`dtype` is float32 by default, where Linen takes that of the inputs and parameters; the "
         "parameters of `i` and `h` are at `dense_i` and `dense_h`",
-        "compat",
-        compat=_ours("SimpleCell"),
         equal_where={"param_dtype": (jnp.float32,)},
     ),
-    Difference(
-        "MGUCell",
-        None,
-        "missing",
-        "NNX has no minimal gated unit",
-        "compat",
-        compat=_ours("MGUCell"),
-    ),
-    Difference(
-        "ConvLSTMCell",
-        None,
-        "missing",
-        "NNX has no convolutional recurrent cell",
-        "compat",
-        compat=_ours("ConvLSTMCell"),
-    ),
-    Difference(
-        "ConvLocal",
-        None,
-        "missing",
-        "NNX has no convolution with a kernel for each place",
-        "compat",
-        compat=_ours("ConvLocal"),
-    ),
-    Difference(
-        "BatchApply",
-        None,
-        "missing",
-        "NNX has nothing that merges leading axes around a layer",
-        "compat",
-        compat=_ours("BatchApply"),
-    ),
+    _missing("MGUCell", "NNX has no minimal gated unit"),
+    _missing("ConvLSTMCell", "NNX has no convolutional recurrent cell"),
+    _missing("ConvLocal", "NNX has no convolution with a kernel for each place"),
+    _missing("BatchApply", "NNX has nothing that merges leading axes around a layer"),
 )
 
 _FP8 = tuple(
-    Difference(
-        name,
-        None,
-        "missing",
-        "NNX has no 8-bit floating-point products",
-        "compat",
-        compat=_ours(name),
-    )
+    _missing(name, "NNX has no 8-bit floating-point products")
     for name in (
         "Fp8DotGeneral",
         "Fp8DirectDotGeneralOp",
@@ -328,6 +231,9 @@ def difference(linen: str | type) -> Difference:
     Args:
       linen: The name (`"GRUCell"`, `"scan"`, `"Module.sow"`), or the class. A class of your own
         that derives from a layer of Linen is answered with that layer's row.
+
+    Returns:
+      The row.
 
     Raises:
       KeyError: There is no row for it.

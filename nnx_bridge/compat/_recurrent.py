@@ -68,6 +68,12 @@ class LSTMCell(DenseCell):
 class OptimizedLSTMCell(LSTMCell):
     """`flax.linen.OptimizedLSTMCell`: an LSTM in two products, its gates initialised one by one.
 
+    Args:
+      in_features: Size of the last axis of the inputs.
+      hidden_features: Size of the carry, which Linen calls `features`.
+      rngs: The stream `params` gives the parameters.
+      **fields: The other fields of `flax.linen.OptimizedLSTMCell`, with its defaults.
+
     Example:
         >>> cell = OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))
         >>> kernel = cell.hf.kernel[...]

@@ -186,3 +186,10 @@ def test_two_variables_at_one_linen_path_are_an_error() -> None:
 @given(linen_variables())
 def test_any_variables_come_back_as_they_were(variables: dict[str, Any]) -> None:
     assert_trees_equal(to_variables(to_state(variables)), variables)
+
+
+def test_what_is_given_in_place_of_variables_or_of_a_state_is_named() -> None:
+    with pytest.raises(ValueError, match="'Dense_0' is the name of a module.*'params': param"):
+        to_state({"Dense_0": {"sub": {"kernel": jnp.ones(2)}}})
+    with pytest.raises(TypeError, match=r"as nnx.state\(module\) gives it; got Linear$"):
+        to_variables(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]

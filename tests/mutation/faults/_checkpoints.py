@@ -64,14 +64,14 @@ FAULTS = [
     Fault(
         "keys of random numbers are left out",
         "nnx_bridge/checkpoints/_convert.py",
-        "            _orbax.write(place / RNGS, made.apart, None, advance)\n",
+        "            write_orbax(place / RNGS, made.apart, None, advance)\n",
         "            pass\n",
         "tests/nnx_bridge/checkpoints/test_convert.py"
         "::test_keys_of_a_train_state_are_kept_apart_and_come_back",
     ),
     Fault(
         "another shape is filled into the model",
-        "nnx_bridge/checkpoints/_live.py",
+        "nnx_bridge/checkpoints/_places.py",
         "return [] if a == b else [",
         "return [] if True else [",
         "tests/nnx_bridge/checkpoints/test_live.py"
@@ -79,7 +79,7 @@ FAULTS = [
     ),
     Fault(
         "what the model lacks is swallowed",
-        "nnx_bridge/checkpoints/_live.py",
+        "nnx_bridge/checkpoints/_places.py",
         "    if problems:\n        raise CheckpointError",
         "    if False:\n        raise CheckpointError",
         "tests/nnx_bridge/checkpoints/test_live.py"
@@ -87,7 +87,7 @@ FAULTS = [
     ),
     Fault(
         "streams of the model are overwritten",
-        "nnx_bridge/checkpoints/_live.py",
+        "nnx_bridge/checkpoints/_places.py",
         "if not isinstance(variable, nnx.RngState):",
         "if True:",
         "tests/nnx_bridge/checkpoints/test_live.py::test_the_layers_own_streams_are_left_alone",

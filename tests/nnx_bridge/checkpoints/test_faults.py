@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nnx_bridge import CheckpointError, convert
-from nnx_bridge.checkpoints import _orbax, describe
+from nnx_bridge.checkpoints import _convert, _orbax_writer, describe
 from tests.nnx_bridge.checkpoints.files import assert_same_checkpoint, content, save
 
 ROOT = Path(__file__).parents[3]
@@ -123,7 +123,7 @@ def test_a_failed_conversion_with_force_leaves_the_old_destination(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_orbax, "write", full)
+    monkeypatch.setattr(_convert, "write_orbax", full)
     with pytest.raises(CheckpointError, match="nnx could not be written: OSError.*No space left"):
         convert(linen, linen.with_name("nnx"), force=True)
     assert content(linen.with_name("nnx")) == before
@@ -160,16 +160,16 @@ def test_a_source_that_fails_midway_leaves_no_writer_at_work(
     linen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    load = _orbax._load
+    load = _orbax_writer._load
 
     def one_fails_and_one_is_slow(group: Any) -> Any:
-        if isinstance(group[0][0], _orbax._Numpy):
+        if isinstance(group[0][0], _orbax_writer._Numpy):
             raise CheckpointError("unreadable")
         time.sleep(0.3)
         written.append(group)
         return load(group)
 
-    monkeypatch.setattr(_orbax, "_load", one_fails_and_one_is_slow)
+    monkeypatch.setattr(_orbax_writer, "_load", one_fails_and_one_is_slow)
     with pytest.raises(CheckpointError, match="unreadable"):
         convert(linen, linen.with_name("nnx"))
     assert written
