@@ -26,7 +26,14 @@ _STREAMS = (nnx.Rngs, nnx.RngStream)
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """One selected layer: where it is, what it was, and what it is now (itself, where kept)."""
+    """One selected layer.
+
+    Attributes:
+      path: where it is in the model.
+      before: the class that it was.
+      after: the class that it is now; the same where it was kept.
+      weights: how many weights are dropped in it.
+    """
 
     path: Path
     before: str
@@ -36,7 +43,12 @@ class Replacement:
 
 @dataclasses.dataclass(frozen=True)
 class DropConnectSummary:
-    """What `dropconnect` did: the selected layers, in the order of the model; prints as a table."""
+    """What `dropconnect` did; prints as a table.
+
+    Attributes:
+      rate: probability of dropping a weight.
+      rows: the selected layers, in the order of the model.
+    """
 
     rate: float
     rows: tuple[Replacement, ...]

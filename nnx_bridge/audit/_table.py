@@ -21,7 +21,7 @@ _STYLES: dict[Route, str] = {
 }
 _MEANINGS: dict[Route, str] = {
     "native": "NNX has the same, or a plain counterpart",
-    "compat": "ours has Linen's semantics: nnx_bridge.compat, nnx_bridge.transforms, lifted",
+    "compat": "ours has Linen's semantics, in nnx_bridge or lifted",
     "by hand": "another program, which somebody has to write",
     "host only": "runs as it is in nnx_bridge.Host, until the module around it is rewritten",
 }

@@ -65,7 +65,7 @@ _BY_TYPE = "takes Variables by type through `StateAxes`, where Linen names colle
 
 def _lifted(name: str, verdict: Verdict, what: str, nnx: str | None = None) -> Difference:
     nnx = None if verdict == "missing" else nnx or name
-    ours = f"nnx_bridge.transforms.{name}"
+    ours = f"nnx_bridge.{name}"
     return _row("transform", name, nnx, verdict, what, "compat", ours)
 
 

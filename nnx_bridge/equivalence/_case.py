@@ -118,6 +118,9 @@ def load_case(target: str) -> Case:
         tuple `(module, args)` or `(reference, model, args)`, with `kwargs` at the end where there
         are some. A single array stands for `args` of one.
 
+    Returns:
+      The case.
+
     Raises:
       CaseError: The path cannot be imported, or the factory returns something else.
 

@@ -80,6 +80,8 @@ def assert_equivalent(
 ) -> Report:
     """`compare`, for tests: raises AssertionError, with the first place, where the two differ.
 
+    Arguments, results and errors are those of `compare`.
+
     Example:
         >>> import jax
         >>> from flax import linen as nn, nnx

@@ -68,7 +68,14 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """One element of an array that differs."""
+    """One element of an array that differs.
+
+    Attributes:
+      index: Where it is in the array.
+      actual: What the model has.
+      reference: What the reference has.
+      exact: What the reference has in float64.
+    """
 
     index: tuple[int, ...]
     actual: float

@@ -150,7 +150,7 @@ def test_each_use_is_found_at_its_line(read: Audit, name: str, text: str) -> Non
 def test_another_name_for_a_transform_is_followed(read: Audit) -> None:
     (use,) = [finding for finding in found(read, "remat") if finding.module == "Model"]
     assert use.where == line_of("remat(Block")
-    assert use.use == "nnx_bridge.transforms.remat"
+    assert use.use == "nnx_bridge.remat"
 
 
 def test_what_both_have_is_no_use(read: Audit) -> None:
