@@ -32,7 +32,7 @@ class Replacement:
       path: where it is in the model.
       before: the class that it was.
       after: the class that it is now; the same where it was kept.
-      weights: how many weights are dropped in it.
+      weights: how many weights it has, biases and scales not counted.
     """
 
     path: Path

@@ -130,7 +130,9 @@ def _nnx(entries: Entries) -> Nnx | None:
             continue
         if _has(entries, (*optimizer, "step")) or _has(entries, (*optimizer, "opt_state")):
             return Nnx("nnx_train_state", model, optimizer, not _in_variables(entries, model))
-        if _in_variables(entries, model) and not _has(entries, (*model, "params")):
+        # A number without an optimizer beside it is a place in a model that is a list.
+        named = model == ("model",) and not _has(entries, (*model, "params"))
+        if named and _in_variables(entries, model):
             return Nnx("nnx_train_state", model)
     if _in_variables(entries, ()) and not _has(entries, ("params",)):
         return Nnx("nnx_model", ())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from flax.errors import TraceContextError
 
@@ -150,6 +151,12 @@ def test_classes_are_not_touched_while_outputs_are_sown() -> None:
     before = Derived.__call__
     nnx_bridge.capture(look, nnx.Intermediate, method_outputs=nnx.Intermediate)(Derived(), 1.0)
     assert seen == [before]
+
+
+def test_the_setup_of_a_hosted_module_is_no_method_whose_output_counts() -> None:
+    host = nnx_bridge.Host.init(nn.Embed(3, 2), jax.random.key(0), jnp.zeros(1, jnp.int32))
+    capture = nnx_bridge.capture(host, nnx.Intermediate, method_outputs=nnx.Intermediate)
+    assert list(capture(jnp.zeros(1, jnp.int32))[1]) == ["__call__"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -397,6 +397,14 @@ def test_a_layout_can_be_said_where_names_mislead(tmp_path: Path) -> None:
     assert (done.source_layout, done.destination_layout) == ("params", "nnx_model")
 
 
+def test_a_model_that_is_a_list_is_no_pair_of_model_and_optimizer(tmp_path: Path) -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)])
+    save(tmp_path / "nnx", nnx.state(model))
+    done = convert(tmp_path / "nnx", tmp_path / "linen")
+    assert (done.source_layout, done.arrays) == ("nnx_model", 4)
+
+
 def test_what_has_no_array_is_no_checkpoint_of_a_model(tmp_path: Path) -> None:
     save(tmp_path / "linen", {"step": 3})
     with pytest.raises(CheckpointError, match="no array"):
