@@ -70,7 +70,7 @@ def register_layout(
         _PARTS.setdefault(nnx_cls, {})[linen_cls] = parts
 
 
-def linen_names(nnx_cls: type) -> tuple[str, ...]:
+def names_of_class(nnx_cls: type) -> tuple[str, ...]:
     """Names in lower case that Linen may have given to what an NNX class is the twin of."""
     names = {nnx_cls.__name__.lower(): None}
     for cls in nnx_cls.__mro__:

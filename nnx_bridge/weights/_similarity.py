@@ -16,7 +16,7 @@ import numpy as np
 
 from nnx_bridge._collections import Path
 from nnx_bridge.weights._paths import canonical, tokens
-from nnx_bridge.weights._registry import linen_names
+from nnx_bridge.weights._registry import names_of_class
 
 # Above this number of pairs of names only equal ones count as alike.
 _FUZZY = 1_000_000
@@ -78,7 +78,7 @@ def words(paths: Sequence[Path], classes: Mapping[Path, type], *, leaf: bool) ->
     for path, found, name in zip(paths, taken, names, strict=True):
         known = [classes.get(path[: token.end]) for token in found]
         aliases = [
-            (t.name, *(linen_names(c) if c else ())) for t, c in zip(found, known, strict=True)
+            (t.name, *(names_of_class(c) if c else ())) for t, c in zip(found, known, strict=True)
         ]
         result.append(Words(tuple(aliases), tuple(number(name, i) for i in range(len(name)))))
     return result
