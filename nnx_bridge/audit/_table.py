@@ -66,8 +66,7 @@ def _uses(findings: Iterable[Finding]) -> Table:
     shown.add_column("what", no_wrap=True)
     shown.add_column("uses", justify="right")
     shown.add_column("route", no_wrap=True)
-    shown.add_column("instead", overflow="fold")
-    shown.add_column("why, and where")
+    shown.add_column("what to use instead, why, and where", overflow="fold")
 
     def key(finding: Finding) -> tuple[int, str, str, str, str]:
         order = -ROUTES.index(finding.route)
@@ -76,7 +75,9 @@ def _uses(findings: Iterable[Finding]) -> Table:
     for _, group in groupby(sorted(findings, key=key), key):
         same = list(group)
         first, places = same[0], list(dict.fromkeys(f.where for f in same if f.where))
-        text = Text(first.reason)
+        text = Text()
+        text.append("" if first.use == "-" else f"{first.use}\n", "bold")
+        text.append(first.reason)
         if places:
             more = ", …" if len(places) > _PLACES else ""
             text.append(f"\n{', '.join(places[:_PLACES])}{more}", "dim")
@@ -85,7 +86,6 @@ def _uses(findings: Iterable[Finding]) -> Table:
             f"{first.name}{kind}",
             str(len(same)),
             Text(first.route, _STYLES[first.route]),
-            first.use,
             text,
         )
     return shown
