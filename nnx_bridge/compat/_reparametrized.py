@@ -21,6 +21,7 @@ from jax import lax
 from lifted import functionalize
 from nnx_bridge._collections import Path, linen_path, to_variable
 from nnx_bridge.compat._layer import set_fields
+from nnx_bridge.compat._norm import canonical
 
 Array: TypeAlias = jax.Array
 
@@ -127,9 +128,7 @@ class WeightNorm(_Reparametrized):
         return not self.variable_filter or any(part in name for part in self.variable_filter)
 
     def _features(self, ndim: int) -> tuple[int, ...]:
-        axes = () if self.feature_axes is None else self.feature_axes
-        given = axes if isinstance(axes, Iterable) else (axes,)
-        return tuple(sorted({axis % ndim for axis in given}))
+        return canonical(ndim, () if self.feature_axes is None else self.feature_axes)
 
     def _normalized(self, name: str, weight: Array) -> Array:
         if not self._chosen(name):
