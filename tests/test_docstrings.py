@@ -34,7 +34,7 @@ def _public() -> Iterator[Any]:
                 yield pytest.param(value, id=f"{package}.{name}")
 
 
-@pytest.mark.parametrize("value", _public())
+@pytest.mark.parametrize("value", list(_public()))
 def test_public_names_are_documented(value: Any) -> None:
     doc = inspect.getdoc(value) or ""
     assert doc == inspect.cleandoc(value.__doc__ or ""), "the docstring of another class"

@@ -100,6 +100,7 @@ def to_train_state(
       CheckpointError: The two do not have the same leaves.
 
     Example:
+        >>> import numpy as np
         >>> variables = {"params": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         >>> to_train_state(model, None, variables)["params"]["bias"]
@@ -144,7 +145,7 @@ def load_checkpoint(
       CheckpointError: As for `from_train_state`, or the checkpoint cannot be read.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, numpy as np
         >>> file = FilePath(tempfile.mkdtemp()) / "weights.msgpack"
         >>> params = {"kernel": np.ones((2, 3), "f4"), "bias": np.zeros(3, "f4")}
         >>> _ = file.write_bytes(serialization.to_bytes(params))
