@@ -28,6 +28,9 @@ _STEPS = 16
 # What is recorded, in the words of a report.
 PARTS = {"input": "layer input", "output": "layer output", "sown": "sown value"}
 
+# Which of the calls in branches ran; no arrays to compare.
+RAN = "calls that ran"
+
 
 class Call(NamedTuple):
     """One call of a module.
@@ -51,13 +54,19 @@ class _Run:
     stack: tuple[int, ...]
     begin: tuple[int, ...]
     end: tuple[int, ...]
+    in_branch: bool
     arrays: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     name: str | None = None
 
+    @property
+    def all_steps(self) -> str:
+        """The name of the call, for all its steps."""
+        loops = f" (steps {'x'.join(map(str, self.stack))})" if self.stack else ""
+        return f"{self.name}{loops}"
+
     def key(self, leaf: str) -> str:
         """The name of an array of all steps."""
-        loops = f" (steps {'x'.join(map(str, self.stack))})" if self.stack else ""
-        return f"{self.name}{loops} [{leaf}]"
+        return f"{self.all_steps} [{leaf}]"
 
 
 class _Array(NamedTuple):
@@ -101,17 +110,25 @@ class Calls:
 
     def arrays(self, found: Sequence[Tagged]) -> dict[str, Arrays]:
         """What is recorded in the program that this was made from, of all steps together."""
-        return {
+        taken = [array for arrays in self._arrays.values() for array in arrays.values()]
+        ran = {a.run.all_steps: found[a.place].ran for a in taken if a.run.in_branch}
+        values = {
             what: {key: found[array.place].value for key, array in arrays.items()}
             for what, arrays in self._arrays.items()
         }
+        return {**values, RAN: ran}
 
     def gradients(self, found: Sequence[Tagged]) -> dict[str, Arrays]:
-        """The gradients in a program that runs the calls and goes back; zero where none arrive."""
+        """The gradients in a program that runs the calls and goes back; zero where none arrive.
+
+        Where none arrive in a branch, it is left open whether the branch was taken, and there is no
+        gradient.
+        """
         # The last call is the first that a gradient reaches.
         backward = [each for each in reversed(found) if each.backward]
         ranks = {name: list(numbers) for name, numbers in _numbers(_runs(found)).items()}
         values: dict[tuple[str, str], Any] = {}
+        ran: Arrays = {}
         unknown: set[str] = set()
         for name, numbers in _numbers(_runs(backward)).items():
             known = list(self._numbers.get(name, {}).values())
@@ -124,27 +141,35 @@ class Calls:
                 for partner, run in zip(known[rank], runs, strict=True):
                     for (part, leaf), place in run.arrays.items():
                         values[PARTS[part], partner.key(leaf)] = backward[place].value
-        return {
+                        if run.in_branch:
+                            ran[partner.all_steps] = backward[place].ran
+        gradients = {
             what: {
                 key: values.get((what, key), jnp.zeros(array.aval.shape, array.aval.dtype))
                 for key, array in self._arrays[what].items()
                 if jnp.issubdtype(array.aval.dtype, jnp.inexact)
                 and array.run.tag.name not in unknown
+                and ((what, key) in values or not array.run.in_branch)
             }
             for what in (PARTS["output"], PARTS["input"])
         }
+        return {**gradients, RAN: ran}
 
-    def split(self, what: str, arrays: Mapping[str, Any]) -> Arrays:
+    def split(self, what: str, arrays: Mapping[str, Any], ran: Mapping[str, Any]) -> Arrays:
         """The arrays of single steps, for arrays of all steps; what is no array stays as it is.
 
         Args:
           what: What is recorded, such as "layer input".
           arrays: The arrays, or anything else that belongs to them.
+          ran: Which of the calls in branches ran, where that is known. The others are left out.
         """
         result: Arrays = {}
         for key, x in arrays.items():
             run, leaf, *_ = self._arrays[what][key]
+            went = ran.get(run.all_steps)
             for step, take in _steps(run.stack):
+                if hasattr(went, "dtype") and not np.all(take(went)):
+                    continue
                 result[f"{run.name}{step} [{leaf}]" if leaf else f"{run.name}{step}"] = take(x)
         return result
 
@@ -156,7 +181,8 @@ def _runs(found: Sequence[Tagged]) -> list[_Run]:
     for i, each in enumerate(found):
         run, key = latest.get(each.tag.number), (each.tag.part, each.tag.leaf)
         if run is None or key in run.arrays:
-            run = latest[each.tag.number] = _Run(each.tag, each.stack, each.place, each.place)
+            run = _Run(each.tag, each.stack, each.place, each.place, each.ran is not None)
+            latest[each.tag.number] = run
             runs.append(run)
         run.arrays[key], run.end = i, each.place
     return runs

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from nnx_bridge._collections import Variables
-from nnx_bridge.equivalence._calls import PARTS, Call, Calls
+from nnx_bridge.equivalence._calls import PARTS, RAN, Call, Calls
 from nnx_bridge.equivalence._correspondence import Correspondence, merged, unboxed
 from nnx_bridge.equivalence._exact import QUICKLY, Exact, promote
 from nnx_bridge.equivalence._problem import (
@@ -88,9 +88,12 @@ class Raw:
 
     def split(self, results: Results) -> Results:
         """The results with what is recorded of each step of a loop."""
-        split = self._calls.split
-        layers = {w: split(w.removesuffix(" gradient"), results[w]) for w in _RECORDED & {*results}}
-        return {**results, **layers}
+        ran = results.get(RAN, {})
+        layers = {
+            what: self._calls.split(what.removesuffix(" gradient"), results[what], ran)
+            for what in _RECORDED & {*results}
+        }
+        return {what: x for what, x in {**results, **layers}.items() if what != RAN}
 
     def exact(self, data: Data) -> Program:
         """The same programs in float64, and the precision of their results."""
@@ -129,7 +132,8 @@ class Raw:
             return run(data)
         results, found = hoisted(run, data)
         gradients = self._calls.gradients(found)
-        return {**{f"{what} gradient": x for what, x in gradients.items()}, **results}
+        ran = {RAN: gradients.pop(RAN)}
+        return {**{f"{what} gradient": x for what, x in gradients.items()}, **ran, **results}
 
     def jvp(self, data: Data) -> Results:
         def outputs(parameters: Any, primals: Arrays) -> tuple[Arrays, Arrays]:

@@ -119,9 +119,10 @@ def find(
         if row.verdict is Verdict.RAISED and row.what == "call":
             module = calls[row.path].module if row.path in calls else ""
             return Parting(row.path, "module", module, route, row.error)
-    wanted = set(paired)
-    names = [name for name in calls if name in wanted]
     by_call = _by_call(rows)
+    # Of calls in a branch that was not taken there are no rows.
+    wanted = {name for _, name in by_call}.intersection(paired)
+    names = [name for name in calls if name in wanted]
     for ended, name in enumerate(names, 1):
         if _agree(by_call, "layer input", name) and _agree(by_call, "layer output", name) is False:
             # A fault that is small beside the noise crosses the line some layers later: of those

@@ -4,15 +4,18 @@ What a module computes inside of a scanned, mapped or rematerialised function be
 trace: it cannot be kept from there. It can be *named* there. A tag is a primitive that does nothing
 to its operand, and stays in the program through whatever JAX makes of it: a derivative, a batch, a
 checkpoint. Its transpose is a tag too, which names the gradient at that place. When the program is
-whole, `hoisted` runs its equations and takes the tagged values out; out of a scan they come
-stacked. What is tagged in a `while`, a `cond` or a `shard_map` stays inside.
+whole, `hoisted` runs its equations and takes the tagged values out. Out of a scan they come
+stacked; out of the branches of a `cond` with the word whether the branch was taken. A `while` may
+go on for any number of steps: they come out of the first, which is a branch like others, since
+there may be none. What is tagged in a `shard_map` stays inside.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,9 @@ from jax.interpreters import ad, batching, mlir
 # Programs that are called only for what is in them.
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")
+
+# What runs the equations of a branch, and adds to what is tagged.
+_Branch: TypeAlias = Callable[[Sequence[Any], list["Tagged"], Iterator[int]], Sequence[Any]]
 
 
 class Tagged(NamedTuple):
@@ -33,6 +39,8 @@ class Tagged(NamedTuple):
       stack: How many steps these loops have, the outermost first.
       place: Where it was in the program: the number of the tag or loop at each level of loops.
       backward: Whether it is the gradient at the tagged value.
+      ran: For each step, whether the program went there: a value in a branch that was not taken is
+        none. None outside of branches.
     """
 
     tag: Any
@@ -40,6 +48,7 @@ class Tagged(NamedTuple):
     stack: tuple[int, ...]
     place: tuple[int, ...]
     backward: bool
+    ran: Any = None
 
 
 def tagged(x: jax.Array, tag: Hashable) -> Any:
@@ -129,10 +138,17 @@ def _evaluate(
     program = inlined(equation)
     if program is not None:
         return _run(program, arguments, found, places)
-    if primitive.name == "scan" and any(map(_has_tags, programs(params))):
-        return _scan(equation, arguments, found, next(places))
     if primitive.name == "shard_map":
-        return mapped(params, arguments, lambda program, parts: _run(program, parts, [], places))
+        return mapped(params, arguments, lambda closed, x: core.jaxpr_as_fun(closed)(*x))
+    if any(map(_has_tags, programs(params))):
+        if primitive.name == "scan":
+            return _scan(equation, arguments, found, next(places))
+        # One of which XLA takes a branch for each platform has no index here.
+        if primitive.name == "cond" and params.get("branches_platforms") is None:
+            branches = [functools.partial(_run, closed) for closed in params["branches"]]
+            return _switch(arguments[0], branches, arguments[1:], found, places)
+        if primitive.name == "while":
+            return _while(equation, arguments, found, places)
     results = primitive.bind(*arguments, **params)
     return results if primitive.multiple_results else [results]
 
@@ -152,7 +168,7 @@ def _scan(equation: Any, arguments: list[Any], found: list[Tagged], place: int) 
         # JAX may trace it more than once.
         inside.clear()
         results = _run(body, [*consts, *carry, *x], inside, itertools.count())
-        return results[:n_carry], (results[n_carry:], [each.value for each in inside])
+        return results[:n_carry], (results[n_carry:], [(x.value, x.ran) for x in inside])
 
     carry, (ys, values) = jax.lax.scan(
         step,
@@ -162,10 +178,64 @@ def _scan(equation: Any, arguments: list[Any], found: list[Tagged], place: int) 
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    for each, value in zip(inside, values, strict=True):
+    for each, (value, ran) in zip(inside, values, strict=True):
         stack, places = (params["length"], *each.stack), (place, *each.place)
-        found.append(each._replace(value=value, stack=stack, place=places))
+        found.append(each._replace(value=value, ran=ran, stack=stack, place=places))
     return [*carry, *ys]
+
+
+def _switch(
+    index: Any,
+    branches: Sequence[_Branch],
+    operands: Sequence[Any],
+    found: list[Tagged],
+    places: Iterator[int],
+) -> Sequence[Any]:
+    """The results of one of the branches, which gives the tagged values of the others as well."""
+    inside: list[list[Tagged]] = [[] for _ in branches]
+
+    def run(i: int, operands: Sequence[Any]) -> Any:
+        # JAX may trace it more than once.
+        inside[i].clear()
+        results = branches[i](operands, inside[i], places)
+        return list(results), [(x.value, _ran(x)) for x in inside[i]]
+
+    shapes = [jax.eval_shape(lambda *x, i=i: run(i, x)[1], *operands) for i in range(len(branches))]
+
+    def branch(i: int, *operands: Any) -> Any:
+        results, own = run(i, operands)
+        values: list[Any] = jax.tree.map(lambda x: jax.lax.full(x.shape, 0, x.dtype), shapes)
+        return results, [*values[:i], own, *values[i + 1 :]]
+
+    made = [functools.partial(branch, i) for i in range(len(branches))]
+    results, values = jax.lax.switch(index, made, *operands)
+    for each, (value, ran) in zip(itertools.chain(*inside), itertools.chain(*values), strict=True):
+        found.append(each._replace(value=value, ran=ran))
+    return list(results)
+
+
+def _ran(each: Tagged) -> Any:
+    return jnp.ones(each.stack, bool) if each.ran is None else each.ran
+
+
+def _while(
+    equation: Any, arguments: list[Any], found: list[Tagged], places: Iterator[int]
+) -> Sequence[Any]:
+    """The results of a loop whose first step is taken by itself, if there is one."""
+    params = equation.params
+    consts, n = arguments[: params["cond_nconsts"]], params["cond_nconsts"] + params["body_nconsts"]
+    body_consts, carry = arguments[len(consts) : n], arguments[n:]
+    (goes_on,) = _run(params["cond_jaxpr"], [*consts, *carry], found, places)
+
+    def stay(carry: Sequence[Any], *_: Any) -> Sequence[Any]:
+        return carry
+
+    def step(carry: Sequence[Any], found: list[Tagged], places: Iterator[int]) -> Sequence[Any]:
+        return _run(params["body_jaxpr"], [*body_consts, *carry], found, places)
+
+    carry = list(_switch(goes_on.astype("int32"), [stay, step], carry, found, places))
+    results: list[Any] = equation.primitive.bind(*consts, *body_consts, *carry, **params)
+    return results
 
 
 def _is_alike(outside: Any, inside: Any) -> bool:

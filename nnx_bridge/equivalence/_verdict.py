@@ -133,8 +133,12 @@ class Noise:
     precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def runs(self, path: str) -> list[Any]:
-        """An array in the runs whose data was moved by what is rounded on the way to it."""
-        return [run[path] for run in self.samples.get(self.precision.get(path, 0.0), ())]
+        """An array in the runs whose data was moved by what is rounded on the way to it.
+
+        A run that took another branch does not have it.
+        """
+        runs = self.samples.get(self.precision.get(path, 0.0), ())
+        return [run[path] for run in runs if path in run]
 
 
 def compare_arrays(

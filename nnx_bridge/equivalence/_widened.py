@@ -81,7 +81,8 @@ def _runs(
 
 
 def _added(mine: Results, theirs: Results, moved: Results) -> Results:
-    alike = (p for p, x in theirs.items() if _is_inexact(x) and np.shape(x) == np.shape(mine[p]))
+    both = ((p, x) for p, x in theirs.items() if p in moved)
+    alike = (p for p, x in both if _is_inexact(x) and np.shape(x) == np.shape(mine[p]))
     return {p: np.asarray(mine[p]) + (np.asarray(moved[p]) - np.asarray(theirs[p])) for p in alike}
 
 

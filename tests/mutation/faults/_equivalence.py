@@ -72,4 +72,19 @@ FAULTS = [
         "    names = [name for name in calls if name in wanted][::-1]\n",
         "tests/nnx_bridge/equivalence/test_faults.py::test_the_place_of_a_fault_is_named",
     ),
+    Fault(
+        "the layers of a branch that was not taken are compared",
+        "nnx_bridge/equivalence/_calls.py",
+        "not np.all(take(went))",
+        "False",
+        "tests/nnx_bridge/equivalence/test_branches.py"
+        "::test_only_the_branch_that_was_taken_is_compared",
+    ),
+    Fault(
+        "the first step of a while is taken in any case",
+        "nnx_bridge/equivalence/_tags.py",
+        'goes_on.astype("int32")',
+        "jnp.int32(1)",
+        "tests/nnx_bridge/equivalence/test_branches.py::test_a_while_gives_what_it_gave",
+    ),
 ]
