@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnx_bridge.equivalence._recording import Arrays, Tag
+from nnx_bridge.equivalence._arrays import Arrays
+from nnx_bridge.equivalence._recording import Tag
 from nnx_bridge.equivalence._tags import Tagged
 
 # How many steps of a loop are looked at one by one.

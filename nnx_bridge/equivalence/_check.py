@@ -26,7 +26,7 @@ from nnx_bridge.equivalence._case import Case, CaseError
 from nnx_bridge.equivalence._comparison import UNREPORTED, Comparison, skipped
 from nnx_bridge.equivalence._correspondence import Correspondence, Paths, arrays_of, unboxed
 from nnx_bridge.equivalence._inputs import drawn
-from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results
+from nnx_bridge.equivalence._measures import AFTER, Program, Raw, Results
 from nnx_bridge.equivalence._parting import VALUE, Parting, find
 from nnx_bridge.equivalence._planned import Planned
 from nnx_bridge.equivalence._problem import Data, Problem, failure
@@ -67,7 +67,7 @@ def check(
       A report with a row for each array of each program.
 
     Raises:
-      CaseError: A module does not run, there is nothing to differentiate, or nothing in one model
+      CaseError: A module does not run, there is nothing to compare, or nothing in one model
         corresponds to the other.
 
     Example:
@@ -118,12 +118,14 @@ class _Session:
         self.progress(f"{mode} initialise".strip())
         problem = Problem.make(self.case, self.seeds[0], training, self._variables)
         self._variables = problem.side.variables
+        if problem.underivable:
+            self.skipped.append(f"derivatives: {problem.underivable}")
         if self.case.model is None:
-            reference = Raw(problem)
             lifted = {"lifted on Linen": LinenRoute(problem), "lifted on NNX": HostedRoute(problem)}
             for seed in self.seeds:
                 data = problem.data if seed == self.seeds[0] else problem.drawn(seed)
-                self._compare(reference, lifted, data, seed)
+                self._compare(problem, lifted, data, seed)
+            self.skipped += sorted(problem.uncompared)
             return
         side = _model_side(self.case, problem, self.seeds[0], training)
         correspondence = self._correspond(problem, side)
@@ -155,6 +157,7 @@ class _Session:
             if self.parting is None and not all(row.verdict.agrees for row in results):
                 paired = comparison.names.values()
                 self.parting = find(rows, reference.calls, paired, route)
+        self.skipped += sorted(problem.uncompared)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Adds rows, of which the worst of each array counts."""
@@ -164,10 +167,10 @@ class _Session:
                 self.rows[key] = row
 
     def _compare(
-        self, reference: Raw, routes: Mapping[str, Program], data: Data, seed: int
+        self, problem: Problem, routes: Mapping[str, Program], data: Data, seed: int
     ) -> None:
-        results = {}
-        for stage in STAGES:
+        reference, results = Raw(problem), {}
+        for stage in problem.stages:
             self.progress(f"{stage}: raw JAX")
             try:
                 results[stage] = reference(stage, data)

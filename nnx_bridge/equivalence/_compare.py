@@ -58,8 +58,8 @@ def compare(
       A report; `rich.print` shows it, `report.save("report.html")` keeps it.
 
     Raises:
-      CaseError: The reference does not run, there is nothing to differentiate, or no variable of
-        one corresponds to one of the other.
+      CaseError: The reference does not run, there is nothing to compare, or no variable of one
+        corresponds to one of the other.
 
     Example:
         >>> import jax

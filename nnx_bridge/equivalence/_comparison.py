@@ -16,7 +16,7 @@ import optax
 from nnx_bridge.equivalence._calls import PARTS
 from nnx_bridge.equivalence._case import CaseError
 from nnx_bridge.equivalence._correspondence import Correspondence, Paths
-from nnx_bridge.equivalence._measures import AFTER, STAGES, Program, Raw, Results, steps, wide
+from nnx_bridge.equivalence._measures import AFTER, Program, Raw, Results, steps, wide
 from nnx_bridge.equivalence._parting import pairs, path_of, sown_pairs
 from nnx_bridge.equivalence._problem import Data, Problem, failure, first_line, perturbed
 from nnx_bridge.equivalence._recording import named
@@ -78,7 +78,7 @@ class Comparison:
         """The rows for one seed."""
         rows: list[Row] = []
         trained = "call"
-        for stage in STAGES:
+        for stage in self.problem.stages:
             self.tell(stage, "reference", seed)
             try:
                 expected = self.reference(stage, data)

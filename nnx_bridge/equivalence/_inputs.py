@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnx_bridge._placement import placed_like
+from nnx_bridge._values import map_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def drawn(tree: Any, seed: int) -> Any:
             return placed_like(Random(leaf.shape, leaf.dtype).draw(random), leaf)
         return leaf.draw(random) if isinstance(leaf, Random) else leaf
 
-    return jax.tree.map(draw, tree, is_leaf=is_random)
+    return map_leaves(draw, tree, is_random)
 
 
 def is_random(leaf: Any) -> bool:

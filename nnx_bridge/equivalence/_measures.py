@@ -15,27 +15,17 @@ import numpy as np
 import optax
 
 from nnx_bridge._collections import Variables
+from nnx_bridge.equivalence._arrays import Arrays, by_path, inexact, with_values
 from nnx_bridge.equivalence._calls import PARTS, RAN, Call, Calls
 from nnx_bridge.equivalence._correspondence import Correspondence, merged, unboxed
 from nnx_bridge.equivalence._exact import QUICKLY, Exact, promote
-from nnx_bridge.equivalence._problem import (
-    OWN,
-    Arrays,
-    Data,
-    Problem,
-    by_path,
-    combine,
-    inexact,
-    with_values,
-)
+from nnx_bridge.equivalence._problem import OWN, STAGES, Data, Problem, combine
 from nnx_bridge.equivalence._recording import Recorder
 from nnx_bridge.equivalence._sides import Arguments, Run, Side
 from nnx_bridge.equivalence._tags import hoisted
 
 Results = dict[str, Any]
 Program = Callable[[str, Data], Results]  # From the name of a stage.
-
-STAGES = ("call", "gradient", "jvp")
 
 # What belongs to calls of modules, and may have steps.
 _RECORDED = {*PARTS.values(), *(f"{what} gradient" for what in PARTS.values())}

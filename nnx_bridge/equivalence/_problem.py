@@ -18,12 +18,15 @@ from flax.core.scope import CollectionFilter, in_filter
 
 from nnx_bridge._collections import Variables
 from nnx_bridge._placement import placed_like
+from nnx_bridge._values import map_with_path
+from nnx_bridge.equivalence._arrays import Arrays, by_path, inexact, of_outputs, text
 from nnx_bridge.equivalence._case import Case, CaseError
 from nnx_bridge.equivalence._inputs import drawn, is_random
 from nnx_bridge.equivalence._sides import Arguments, LinenSide, NnxSide, Run, Side
 from nnx_bridge.host import default_mutable
 
-Arrays = dict[str, Any]  # Arrays by their paths.
+# What is run of a model: the call, reverse mode, forward mode.
+STAGES = ("call", "gradient", "jvp")
 
 # Where a model keeps its own state from step to step, which the reference may know nothing of.
 OWN = "state of the model"
@@ -63,6 +66,7 @@ class Problem:
       mutable: The collections that are compared after a call.
       seed: The first seed.
       data: The data for it.
+      uncompared: What cannot be compared, and why.
     """
 
     case: Case
@@ -70,6 +74,7 @@ class Problem:
     mutable: CollectionFilter
     seed: int
     data: Data
+    uncompared: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def make(
@@ -88,7 +93,7 @@ class Problem:
           variables: Those of the case for the seed, where they are known.
 
         Raises:
-          CaseError: The module does not run, or there is nothing to differentiate.
+          CaseError: The module does not run, or there is nothing to compare.
         """
         arguments = Arguments(**drawn(_arguments(case), seed))
         side: Side
@@ -120,9 +125,14 @@ class Problem:
             variables = _randomized(variables, seed)
         data = Data(variables, by_path(arguments), keys, {}, {}, {})
         try:
-            outputs, _ = jax.eval_shape(self.apply, data, variables, data.inputs)
+            outputs, state = jax.eval_shape(self.apply, data, variables, data.inputs)
         except Exception as error:
             raise failure(f"{case.name} does not run", error) from error
+        if not outputs and not state:
+            raise CaseError(
+                f"{case.name} returns no array, and there is no collection that it may change: "
+                "nothing to compare"
+            )
         return self._with_directions(data, inexact(outputs), seed)
 
     def after(self, data: Data, seed: int, step: int) -> Data:
@@ -134,12 +144,12 @@ class Problem:
     def run(self, run: Callable[..., Any], data: Data, primals: Arrays) -> Arrays:
         """The output of a function of the arguments of the call, with these primals in them."""
         arrays = {**data.inputs, **primals}
-        arguments = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: arrays.get(_text(path), leaf),
-            _arguments(self.case),
-            is_leaf=is_random,
+        arguments = map_with_path(
+            lambda keys, leaf: arrays.get(text(keys), leaf), _arguments(self.case), is_random
         )
-        return by_path(jax.tree.map(_as_array, run(*arguments["args"], **arguments["kwargs"])))
+        outputs, others = of_outputs(run(*arguments["args"], **arguments["kwargs"]))
+        self.uncompared.update(others)
+        return outputs
 
     def apply(self, data: Data, variables: Variables, primals: Arrays) -> tuple[Arrays, Arrays]:
         """The pure function of the reference: outputs and changed collections."""
@@ -162,15 +172,21 @@ class Problem:
         """Whether there is anything in the collection `params`."""
         return bool(jax.tree.leaves(self.data.parameters))
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the model has."""
+        return STAGES[:1] if self.underivable else STAGES
+
+    @property
+    def underivable(self) -> str:
+        """Why there is nothing to differentiate; empty where there is."""
+        if not self.data.weights:
+            return f"{self.case.name} returns no floating point array"
+        if not self.data.primals and not self.has_parameters:
+            return f"{self.case.name} has neither parameters nor inputs of floating point dtype"
+        return ""
+
     def _with_directions(self, data: Data, outputs: Arrays, seed: int) -> Data:
-        name = self.case.name
-        if not outputs:
-            raise CaseError(f"{name} returns no floating point array: nothing to compare")
-        if not data.primals and not jax.tree.leaves(data.parameters):
-            raise CaseError(
-                f"{name} has neither parameters nor inputs of floating point dtype: there is "
-                "nothing to differentiate"
-            )
         random = np.random.default_rng(seed)
         return data._replace(
             weights={path: _direction(x, random) for path, x in outputs.items()},
@@ -183,31 +199,6 @@ def combine(outputs: Arrays, weights: Arrays) -> jax.Array:
     """A generic combination of the outputs: no symmetry of theirs cancels in it."""
     terms = [jnp.sum(outputs[path] * weight).real for path, weight in weights.items()]
     return jnp.sum(jnp.stack(terms))
-
-
-def by_path(tree: Any) -> Arrays:
-    """The arrays of a pytree, out of their boxes, by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))
-    return {_text(path): leaf for path, leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)}
-
-
-def with_values(tree: Any, values: Arrays) -> Any:
-    """The pytree with other arrays in it, given as `by_path` gives them."""
-    paths = [_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(tree))]
-    leaves, treedef = jax.tree.flatten(tree)
-    structure: Any = treedef
-    return structure.unflatten([values.get(p, x) for p, x in zip(paths, leaves, strict=True)])
-
-
-def _as_array(leaf: Any) -> Any:
-    """A number of Python among the outputs as an array, since it is to be compared too."""
-    number = isinstance(leaf, bool | int | float | complex)
-    return np.asarray(leaf, jnp.result_type(leaf)) if number else leaf
-
-
-def inexact(arrays: Arrays) -> Arrays:
-    """The arrays that can be differentiated."""
-    return {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
 def perturbed(data: Data, seed: int, precision: float = 0.0) -> Data:
@@ -248,10 +239,6 @@ def first_line(error: Exception) -> str:
 
 def _arguments(case: Case) -> dict[str, Any]:
     return {"args": case.args, "kwargs": dict(case.kwargs)}
-
-
-def _text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "result"
 
 
 def _initialised(

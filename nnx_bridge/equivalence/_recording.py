@@ -25,11 +25,11 @@ from flax import linen as nn
 from flax import nnx
 
 from nnx_bridge import _flax_private, _linen_private
+from nnx_bridge._values import map_with_path
 from nnx_bridge.captures._method_outputs import intercepting, is_method
+from nnx_bridge.equivalence._arrays import Arrays
 from nnx_bridge.equivalence._tags import tagged
 from nnx_bridge.host import Host, Node
-
-Arrays = dict[str, Any]
 
 # The attribute by which a copy that a transform makes of a module knows where it comes from.
 _WHERE = "where_it_is_compared"
@@ -198,7 +198,7 @@ def _all_tagged(tree: Any, tag: Tag) -> Any:
         return tagged(leaf, dataclasses.replace(tag, leaf=where))
 
     # Modules and streams among the arguments are written by the call: they stay themselves.
-    return jax.tree_util.tree_map_with_path(with_tag, tree, is_leaf=_is_object)
+    return map_with_path(with_tag, tree, _is_object)
 
 
 def _is_object(x: Any) -> bool:

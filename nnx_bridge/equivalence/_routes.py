@@ -9,8 +9,9 @@ from flax import nnx
 
 import lifted
 from nnx_bridge._collections import to_variables
+from nnx_bridge.equivalence._arrays import Arrays, by_path, inexact
 from nnx_bridge.equivalence._measures import Results
-from nnx_bridge.equivalence._problem import Arrays, Data, Problem, by_path, combine, inexact
+from nnx_bridge.equivalence._problem import Data, Problem, combine
 from nnx_bridge.host import Host, check_linen_module, unhost
 
 

@@ -22,8 +22,8 @@ from flax import linen as nn
 
 from lifted._errors import path_text
 from nnx_bridge._collections import Path, Variables, flatten
+from nnx_bridge._values import leaves, map_leaves
 from nnx_bridge.host._marks import has_mark, new_mark
-from nnx_bridge.host._values import leaves, map_leaves
 
 Shapes = tuple[tuple[str, Any], ...]
 
@@ -169,7 +169,8 @@ def shapes(tree: Any) -> Shapes:
     """The shapes of the arrays of a pytree by their paths; None for what is no array."""
     # A module among them is not asked for a shape: that would run its `setup`.
     known = lambda x: not _is_module(x) and hasattr(x, "shape")  # noqa: E731
-    return tuple((path, np.shape(x) if known(x) else None) for path, x in leaves(tree))
+    named = ((jax.tree_util.keystr(keys), x) for keys, x in leaves(tree))
+    return tuple((path, np.shape(x) if known(x) else None) for path, x in named)
 
 
 def unbound(module: nn.Module) -> Submodule:

@@ -179,14 +179,32 @@ def test_what_has_no_forward_mode_in_jax_is_skipped_and_said() -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "args", "reason"),
+    [
+        (lambda mdl, x: nn.Dense(3)(x).argmax(-1), (X,), "returns no floating point array"),
+        (lambda mdl: jnp.ones(3), (), "neither parameters nor inputs of floating point dtype"),
+    ],
+    ids=["output", "inputs"],
+)
+def test_what_has_no_derivatives_is_compared_without_them(
+    body: Callable[..., Any], args: Any, reason: str
+) -> None:
+    report = check(Case(Module(body), args))
+    report.assert_equal()
+    assert {row.what for row in report.rows} == {"output"}
+    (skipped,) = report.skipped
+    assert skipped.startswith("derivatives: Module ")
+    assert reason in skipped
+
+
+@pytest.mark.parametrize(
     ("case", "message"),
     [
         (Case(nn.Embed(3, 3), (X,)), "Embed does not initialise: ValueError: Input type must be"),
         (Case(nn.Dense(3), (X,), variables={"params": {}}), "Dense does not run: Scope.*NotFound"),
-        (Case(Module(lambda mdl, x: x.argmax()), (X,)), "returns no floating point array"),
-        (Case(Module(lambda mdl: jnp.ones(3))), "nothing to differentiate"),
+        (Case(Module(lambda mdl, x: None), (X,)), "returns no array, and there is no collection"),
     ],
-    ids=["init", "apply", "output", "inputs"],
+    ids=["init", "apply", "output"],
 )
 def test_a_module_that_cannot_be_checked_says_why(case: Case, message: str) -> None:
     with pytest.raises(CaseError, match=message):
