@@ -21,6 +21,7 @@ from nnx_bridge.compat import difference
 from nnx_bridge.equivalence import Case, CaseError
 from nnx_bridge.equivalence._inputs import drawn
 from nnx_bridge.host import check_linen_module
+from nnx_bridge.host._marks import traced_anew
 
 Modules: TypeAlias = dict[tuple[str, ...], nn.Module]
 
@@ -94,7 +95,7 @@ class _Program:
                 variables = self._module.init(rngs, *args, method=case.method, **kwargs)
             return {**variables, **self._apply(variables, rngs, inputs)}
 
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(record), traced_anew():
             return modules, jax.eval_shape(both, _keys(streams), self._inputs)
 
     def drawn(self, variables: Mapping[str, Any], streams: Iterable[str]) -> list[str]:

@@ -16,6 +16,9 @@ from flax import nnx
 
 Outputs = Callable[[Any, str], bool]
 
+# What `nnx.jit` makes of a method that it decorates.
+_COMPILED = type(nnx.jit(lambda: None))
+
 # From the module, the method's name, the method, and the arguments, to what the method returns.
 Around = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
 
@@ -62,7 +65,21 @@ def _methods(cls: type) -> list[str]:
     names = {name for base in cls.__mro__ for name in vars(base) if not hasattr(nnx.Module, name)}
     if "__call__" in dir(cls):
         names.add("__call__")
-    return sorted(n for n in names if inspect.isfunction(inspect.getattr_static(cls, n)))
+    return sorted(n for n in names if _is_function(inspect.getattr_static(cls, n)))
+
+
+def _is_function(attribute: Any) -> bool:
+    return inspect.isfunction(attribute) or isinstance(attribute, _COMPILED)
+
+
+def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that ``around`` is given, without the `nnx.jit` that decorates it, if one does.
+
+    That has traces of earlier calls, and of other modules of the same structure.
+    """
+    if isinstance(call, functools.partial) and isinstance(call.func, _COMPILED):
+        return functools.partial(inspect.unwrap(call.func), *call.args)
+    return call
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from nnx_bridge._names import linen_names
 from nnx_bridge._variable_types import collection_name, variable_type
 from nnx_bridge.captures._method_outputs import sowing_outputs
 from nnx_bridge.captures._records import Perturbations, Records
+from nnx_bridge.host._marks import traced_anew
 from nnx_bridge.host._node import Node
 from nnx_bridge.host._tree import node_at
 
@@ -252,5 +253,5 @@ def _linen_outputs(outputs: Callable[[Any, str], bool], name: str) -> Iterator[N
             context.module.sow(name, context.method_name, y)
         return y
 
-    with nn.intercept_methods(sow):
+    with nn.intercept_methods(sow), traced_anew():
         yield

@@ -26,10 +26,11 @@ from flax import nnx
 
 from nnx_bridge import _flax_private, _linen_private
 from nnx_bridge._values import map_with_path
-from nnx_bridge.captures._method_outputs import intercepting, is_method
+from nnx_bridge.captures._method_outputs import intercepting, is_method, uncompiled
 from nnx_bridge.equivalence._arrays import Arrays
 from nnx_bridge.equivalence._tags import tagged
 from nnx_bridge.host import Host, Node
+from nnx_bridge.host._marks import traced_anew
 
 # The attribute by which a copy that a transform makes of a module knows where it comes from.
 _WHERE = "where_it_is_compared"
@@ -109,6 +110,7 @@ class Recorder:
             with (
                 nn.intercept_methods(_linen_call),
                 _linen_private.sows_told_to(_linen_sow),
+                traced_anew(),
                 intercepting(modules, is_method, _nnx_call, also=("sow",)),
             ):
                 yield
@@ -134,6 +136,7 @@ class Recorder:
         if where is None:
             # It was made during the call.
             return call(*args, **kwargs)
+        call = uncompiled(call)
         if not isinstance(module, Host):
             return self.call(where.path, type(module).__name__, name, call, args, kwargs)
         # Of a host the calls of its Linen modules count.

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+from flax import linen as nn
 from flax.core import freeze
 from flax.core.scope import Scope
 
 from nnx_bridge._collections import Path, nest
+from nnx_bridge._linen_private import before_jit
 
 COLLECTION = _FLAG = "nnx_bridge"
 # The mark of a module at which nothing is done.
@@ -35,6 +38,16 @@ def mark(scope: Scope, marks: Sequence[int]) -> None:
     """Marks a scope, and with it those that will be opened below."""
     both = {*scope.get_flag(_FLAG, ()), *marks}
     scope.flags = freeze({**scope.flags, _FLAG: tuple(sorted(both))})
+
+
+def traced_anew() -> AbstractContextManager[None]:
+    """A context in which `nn.jit` runs the code of every module that it is called on."""
+
+    def anew(module: nn.Module) -> None:
+        if module.scope is not None:
+            mark(module.scope, [new_mark()])
+
+    return before_jit(anew)
 
 
 def has_mark(scope: Scope, mark: int) -> bool:

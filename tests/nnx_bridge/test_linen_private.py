@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax.core import Scope
+from flax.linen import transforms
 
-from nnx_bridge._linen_private import extra_collections, keys_from, sows_told_to
+from nnx_bridge._linen_private import before_jit, extra_collections, keys_from, sows_told_to
 from tests.helpers import assert_trees_equal
 
 X = jnp.ones((4, 8))
@@ -104,3 +105,30 @@ def test_a_scope_has_extra_collections_for_a_while_and_so_have_those_below() -> 
     with extra_collections(scope, {"extra": {"child": {"mark": {}}}}):
         assert scope.push("child").variables()["extra"] == {"mark": {}}
     assert "extra" not in scope.variables()
+
+
+class _Compiled(nn.Module):
+    """A module that `nn.jit` compiles, twice the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layer = nn.jit(nn.Dropout)
+        for _ in range(2):
+            x = layer(0.5, deterministic=False)(x)
+        return x
+
+
+def test_what_jit_draws_for_its_module_does_not_count() -> None:
+    count: list[int] = []
+    with keys_from(_draws(count)):
+        nn.jit(nn.Dropout)(0.5, deterministic=False).apply({}, X, rngs=RNGS)
+    assert len(count) == 1
+
+
+def test_every_module_that_jit_is_called_on_is_told() -> None:
+    told: list[str | None] = []
+    fork_rngs = transforms.fork_rngs
+    with before_jit(lambda module: told.append(module.name)):
+        _Compiled().apply({}, X, rngs=RNGS)
+    assert told == ["JitDropout_0", "JitDropout_1"]
+    assert transforms.fork_rngs is fork_rngs

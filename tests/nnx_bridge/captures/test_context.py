@@ -329,3 +329,16 @@ def test_loops_inside_a_context_over_what_records_outside_of_them() -> None:
     assert_trees_equal(result.intermediate_grads["start"].get_value(), result.grads[1])
     step = lambda x: jnp.tanh(mdl.step(x))  # noqa: E731
     assert_trees_close(result.grads[1], jax.grad(lambda x: step(step(step(x))).sum())(X))
+
+
+class Compiled(Base):
+    @nnx.jit
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return 2 * self.features(x)
+
+
+def test_outputs_of_compiled_methods_are_sown() -> None:
+    capture = nnx_bridge.capture(Compiled(), nnx.Intermediate, method_outputs=nnx.Intermediate)
+    for _ in range(2):
+        _, sown = capture(jnp.ones(2))
+        assert "__call__" in sown
