@@ -18,6 +18,7 @@ from nnx_bridge._collections import Variables
 from nnx_bridge.equivalence._correspondence import Correspondence, Renaming
 from nnx_bridge.equivalence._inputs import is_random
 from nnx_bridge.host import Host, Method, check_linen_module, unhost
+from nnx_bridge.host._checks import check_method
 from nnx_bridge.weights import Plan
 
 _ACCEPTED = (
@@ -90,6 +91,11 @@ class Case:
                 check_linen_module(self.model)
         except TypeError as error:
             raise CaseError(f"the module of a case: {error}") from error
+        for module in (m for m in (self.module, self.model) if m is not None):
+            try:
+                check_method(unhost(module)[0] if isinstance(module, Host) else module, self.method)
+            except AttributeError as error:
+                raise CaseError(f"the method of a case: {error}") from error
         if not isinstance(self.args, tuple | list):
             raise CaseError(
                 f"the arguments of a case must be a tuple, got {type(self.args).__name__}; one "

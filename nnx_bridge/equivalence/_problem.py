@@ -7,6 +7,7 @@ fold constants, and in each program differently.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from nnx_bridge.host import default_mutable
 
 # What is run of a model: the call, reverse mode, forward mode.
 STAGES = ("call", "gradient", "jvp")
+
+# Whose lines say nothing about a model that does not run.
+_FRAMEWORKS = {"nnx_bridge", "lifted", "layers", "flax", "jax", "jaxlib", "contextlib", "functools"}
 
 # Where a model keeps its own state from step to step, which the reference may know nothing of.
 OWN = "state of the model"
@@ -228,8 +232,18 @@ def perturbed(data: Data, seed: int, precision: float = 0.0) -> Data:
 
 
 def failure(what: str, error: Exception) -> CaseError:
-    """The error that says in one line what went wrong."""
-    return CaseError(f"{what}: {first_line(error)}")
+    """The error that says in one line what went wrong, and where in the user's code."""
+    return CaseError(f"{what}: {first_line(error)}{_raised_in(error)}")
+
+
+def _raised_in(error: Exception) -> str:
+    """The last line of the traceback that is neither ours nor Flax's nor JAX's."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] not in _FRAMEWORKS and not name.startswith("importlib"):
+            found = f" (line {line} of {name})"
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from flax.core.scope import CollectionFilter
 from flax.errors import InvalidRngError
 
 from nnx_bridge._collections import Path
+from nnx_bridge.host._checks import check_method
 from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._interventions import Method
 from nnx_bridge.host._keys import Keys, named_keys
@@ -74,6 +75,7 @@ class Prepared:
 
 def in_mode(module: nn.Module, node: Level, asked: Call) -> nn.Module:
     """A module that is not bound, in the mode of the node; completes the arguments of the call."""
+    check_method(module, asked.method)
     training: bool | None = slots(node).get("_linen_mode")
     if training is None:
         return module

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
 
-from lifted._errors import describe, path_text
+from lifted._errors import describe, path_text, suggestion
 from lifted._nested import flat
 from nnx_bridge._collections import Path, Variables
 
@@ -24,6 +24,16 @@ _OF_VARIABLES = (
 )
 # How many lines a message lists of one kind.
 _LISTED = 8
+
+
+def check_method(module: Any, method: Any) -> None:
+    """Raises AttributeError for the name of a method that a module does not have."""
+    if isinstance(method, str) and not hasattr(module, method):
+        cls = type(module)
+        common = {*dir(nn.Module), *getattr(cls, "__dataclass_fields__", ())}
+        own = [n for n in dir(cls) if n not in common and callable(getattr(cls, n, None))]
+        known = suggestion(method, ["__call__", *(n for n in own if not n.startswith("_"))])
+        raise AttributeError(f"{cls.__name__} has no method {method!r}; {known}")
 
 
 def explain(

@@ -92,3 +92,16 @@ def test_keys_come_from_the_seed_unless_they_are_given() -> None:
     assert Case(nn.Dense(4)).keys(0).keys() == {"params", "dropout"}
     keys = {"noise": jax.random.key(3)}
     assert Case(nn.Dense(4), rngs=keys).keys(0) == keys
+
+
+class Encoder(nn.Module):
+    def encode(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+def test_a_method_that_is_not_there_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(CaseError, match="Encoder has no method 'encod'; did you mean 'encode'"):
+        Case(Encoder(), (X,), method="encod")
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(CaseError, match="Linear has no method 'encode'"):
+        Case(Encoder(), (X,), model=model, method="encode")

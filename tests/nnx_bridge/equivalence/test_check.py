@@ -178,6 +178,14 @@ def test_what_has_no_forward_mode_in_jax_is_skipped_and_said() -> None:
     assert "jvp, which raw JAX refuses too" in report.skipped[0]
 
 
+def test_a_model_that_does_not_run_says_where_in_its_code() -> None:
+    def body(mdl: nn.Module, x: Any) -> Any:
+        return jnp.clip(x, a_wrong_name=0)
+
+    with pytest.raises(CaseError, match=r"a_wrong_name.* \(line \d+ of .*test_check\)"):
+        check(Case(Module(body), (X,)))
+
+
 @pytest.mark.parametrize(
     ("body", "args", "reason"),
     [

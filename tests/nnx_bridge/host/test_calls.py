@@ -48,6 +48,13 @@ def test_a_method_of_a_node_is_given_in_any_form() -> None:
         assert_trees_equal(model.layers_0(X, method=method), expected)
 
 
+def test_a_method_that_is_not_there_is_an_error_with_the_nearest_name() -> None:
+    model = Host.init(NET, KEYS, X)
+    for node in (model, model.encoder):
+        with pytest.raises(AttributeError, match="has no method 'encod_'; .*known: __call"):
+            node(X, method="encod_")
+
+
 @pytest.mark.parametrize(
     ("rngs", "note"),
     [
