@@ -62,7 +62,7 @@ test-versions:
 		else echo "no $$python on this machine"; fi; \
 	done
 
-# Some of them: make mutants MUTANTS='captures host'; several at a time: MUTANTS='-n 4'
+# Some of them: make mutants MUTANTS='captures host'; drawn at random: MUTANTS='--sample 20'
 mutants: $(VENV)/with-test
 	$(BIN)/python -m tests.mutation $(MUTANTS)
 
