@@ -42,8 +42,9 @@ class Record:
         self._known: dict[str, Outcome] = {}
         for line in file.read_text().splitlines() if file.exists() else []:
             entry = json.loads(line)
-            if entry.pop("digest") == digest:
-                self._known[entry.pop("what")] = Outcome(**entry)
+            state, what = entry.pop("digest"), entry.pop("what")
+            if state == digest:
+                self._known[what] = Outcome(**entry)
 
     def __getitem__(self, what: Fault | str) -> Outcome | None:
         """Of a fault, or of the tests without a fault."""
