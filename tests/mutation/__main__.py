@@ -74,7 +74,8 @@ def main(words: Sequence[str], workers: int, sample: int, limit: float, again: b
             fault = running[done]
             record[fault] = found = done.result()
             word = found.word if found.caught else f"[red]{found.word}[/]"
-            console.print(f"{word} {found.seconds:5.1f} s  {fault.file}: {escape(fault.what)}")
+            where = f"{fault.file}: {escape(fault.what)}"
+            console.print(f"{word} {found.seconds:5.1f} s  {where}", soft_wrap=True)
             console.print(f"    {escape(found.said)}", soft_wrap=True)
 
     outcomes = [(fault, found) for fault in chosen if (found := record[fault])]
@@ -104,6 +105,8 @@ def _outcome(
     begun = time.monotonic()
     if fault is None:
         status, said = run_tests(project, tests, limit * len(tests))
+        if status is None:
+            said = f"no answer in time from {', '.join(tests)}; --limit sets how long it may take"
         return Outcome(status, "" if status == 0 else said, time.monotonic() - begun)
     path = project / fault.file
     original = path.read_text()
