@@ -42,8 +42,9 @@ $(VENV)/with-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
+# Each process begins with one half of the tests, so that tests of one file share what is compiled.
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-thorough: export FLAXLIFT_TEST_PROFILE = thorough
 test-thorough: override PYTEST_ARGS += --timeout 0
@@ -62,7 +63,7 @@ test-versions:
 		else echo "no $$python on this machine"; fi; \
 	done
 
-# Some of them: make mutants MUTANTS='captures host'; several at a time: MUTANTS='-n 4'
+# Some of them: make mutants MUTANTS='captures host'; drawn at random: MUTANTS='--sample 20'
 mutants: $(VENV)/with-test
 	$(BIN)/python -m tests.mutation $(MUTANTS)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.mutation._fault import ROOT, Fault
+from tests.mutation._fault import Fault
 from tests.mutation.faults import FAULTS
 
+ROOT = Path(__file__).parents[1]
 PARTS = ["lifted", "layers"] + [
     f"nnx_bridge/{folder.name}"
     for folder in sorted((ROOT / "nnx_bridge").iterdir())

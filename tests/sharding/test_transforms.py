@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from flax.linen import PARTITION_NAME
 
 import lifted
 import nnx_bridge as nn
@@ -68,6 +69,23 @@ def _rematted(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
     return jax.checkpoint(functools.partial(_layer, setting))(params, x)
 
 
+# The parameters of loops in loops have an axis for each of them.
+def _deepened(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[:, None], tree)
+
+
+def _remat_scan(setting: Setting, model: Native, x: jax.Array) -> jax.Array:
+    nnx.update(model, _deepened(nnx.state(model)))
+    return nn.remat_scan(_call, lengths=(LAYERS, 1))(model, x)
+
+
+def _remat_scan_by_hand(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+        return _scanned(_layer)(setting, params, x), None
+
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, _deepened(params))[0]
+
+
 def _mapped(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
     return jax.vmap(functools.partial(_layer, setting), (0, None), 1)(params, x)
 
@@ -123,6 +141,31 @@ def _while_by_hand(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda carry: carry[1] < LAYERS, step, (x, jnp.int32(0)))[0]
 
 
+# The scale is drawn with a key of the model.
+def _drawing(model: Native, x: jax.Array) -> jax.Array:
+    return jax.random.uniform(model.rngs.scale()) * _call(model, x)
+
+
+def _fold_rngs(setting: Setting, model: Native, x: jax.Array) -> jax.Array:
+    model.rngs = nnx.Rngs(scale=0)
+    return nn.fold_rngs(_drawing)(model, x)
+
+
+def _drawn_by_hand(setting: Setting, params: Any, x: jax.Array) -> jax.Array:
+    forked = jax.random.fold_in(jax.random.key(0), 0)
+    key = jax.random.fold_in(forked, 0)
+    return jax.random.uniform(key) * _layer(setting, params, x)
+
+
+# The kernels have names, of which the first is that of an axis outside.
+def _add_metadata_axis(setting: Setting, model: Native, x: jax.Array) -> jax.Array:
+    for name in ("up", "down"):
+        kernel = getattr(model, name).kernel
+        kernel.set_metadata("out_sharding", ("layers", *setting.spec(name)))
+    named = {"metadata_params": {PARTITION_NAME: "layers"}}
+    return nn.add_metadata_axis(_call, variable_axes={"params": 0}, **named)(model, x)
+
+
 def _scaled(scale: int) -> Callable[[Native, jax.Array], jax.Array]:
     return lambda model, x: scale * _call(model, x)
 
@@ -165,6 +208,7 @@ CASES = {
         _scanned(_rematted),
         stacked=True,
     ),
+    "remat_scan": Case(_remat_scan, _remat_scan_by_hand, stacked=True),
     "vmap": Case(
         lambda setting, model, x: nn.vmap(_call, in_axes=None, out_axes=1, **_STACKED)(model, x),
         _mapped,
@@ -188,6 +232,9 @@ CASES = {
         lambda setting, model, x: nn.map_variables(_call, "params", _doubled)(model, x),
         lambda setting, params, x: _layer(setting, _doubled(params), x),
     ),
+    "add_metadata_axis": Case(_add_metadata_axis, _layer),
+    "fold_rngs": Case(_fold_rngs, _drawn_by_hand),
+    "named_call": Case(lambda setting, model, x: nn.named_call(_call)(model, x), _layer),
     "custom_vjp": Case(
         lambda setting, model, x: nn.custom_vjp(_call, _forward, _backward)(model, x), _custom
     ),

@@ -158,4 +158,11 @@ FAULTS = [
         "if False:",
         "tests/nnx_bridge/functional/test_references.py::test_the_graph_is_that_after_a_plain_call",
     ),
+    Fault(
+        "any name of a stream lets all streams through",
+        "nnx_bridge/functional/_filters.py",
+        "return in_filter(rngs, name) if stream",
+        "return bool(rngs) if stream",
+        "tests/nnx_bridge/functional/test_filters.py::test_a_stream_that_is_left_out_is_missing",
+    ),
 ]

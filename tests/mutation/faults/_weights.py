@@ -144,4 +144,26 @@ FAULTS = [
         "tests/nnx_bridge/weights/test_stacks.py"
         "::test_the_name_of_a_stacks_axis_goes_and_comes_with_it",
     ),
+    Fault(
+        "a stack may have another number of layers",
+        "nnx_bridge/weights/_stacked.py",
+        "if not -len(shape) <= axis < len(shape) or shape[axis] != count:",
+        "if False:",
+        "tests/nnx_bridge/weights/test_layouts.py::test_another_number_of_layers_is_an_error",
+    ),
+    Fault(
+        "a list may have another number of layers",
+        "nnx_bridge/weights/_stacked.py",
+        "        if left:\n",
+        "        if False:\n",
+        "tests/nnx_bridge/weights/test_layouts.py::test_another_number_of_layers_is_an_error",
+    ),
+    Fault(
+        "square arrays beside transposed ones are copied",
+        "nnx_bridge/weights/_search.py",
+        "for pair in squares(self.pairs, self._fits):",
+        "for pair in squares([], self._fits):",
+        "tests/nnx_bridge/weights/test_match.py"
+        "::test_a_square_kernel_beside_transposed_ones_is_not_taken_silently",
+    ),
 ]

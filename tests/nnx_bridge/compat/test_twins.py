@@ -6,6 +6,7 @@ the variables are.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,42 @@ def test_layers_of_linen_that_cannot_take_shardings_in_types(layer: str) -> None
     mesh, (linen, _) = sharded(layer)
     with jax.set_mesh(mesh), pytest.raises(Exception, match=ASKED[layer]):
         linen()
+
+
+# A device has a part of the batch: masks of the whole, which later settings have, do not fit it.
+# The gradients of Linen's float8 layers have other types than what they are gradients of there.
+OF_EACH_DEVICE = {
+    name: twin
+    for twin in reversed(TWINS.values())
+    if "Fp8" not in (name := type(twin.linen).__name__)
+}
+OF_EACH_DEVICE["BatchNorm of the whole batch"] = dataclasses.replace(
+    OF_EACH_DEVICE["BatchNorm"],
+    linen=nn.BatchNorm(axis_name="data"),
+    make=lambda rngs: compat.BatchNorm(6, axis_name="data", rngs=rngs),
+)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+@pytest.mark.parametrize("layer", OF_EACH_DEVICE)
+def test_the_program_is_that_of_linen_under_shard_map(layer: str) -> None:
+    twin = OF_EACH_DEVICE[layer]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = lambda x: jax.P(*["data"] * (x.shape[:1] == (2,)))  # noqa: E731
+    specs = {
+        "in_specs": (jax.P(), jax.tree.map(split, twin.arrays)),
+        "out_specs": jax.P("data"),
+    }
+    variables = jax.eval_shape(twin.variables, KEY)
+
+    def traced(call: Callable[..., Any]) -> str:
+        def of_device(variables: Any, inputs: Any) -> Any:
+            return jax.tree.map(lambda x: x[None], gradients(call, variables, inputs))
+
+        return program(jax.shard_map(of_device, mesh=mesh, **specs), variables, twin.arrays)
+
+    linen, ours = map(traced, calls(twin))
+    assert ours == linen
 
 
 # One setting of each layer is enough: what the layers share makes the variables.

@@ -103,6 +103,22 @@ def test_shapes_of_different_sizes_are_no_reshape() -> None:
         Reshape((2, 3), (5,))
 
 
+@pytest.mark.parametrize(
+    ("axis", "shapes", "message"),
+    [
+        (0, [(6, 2)], r"a stack of 3 along axis 0, got \(6, 2\)"),
+        (2, [(3, 2)], r"a stack of 3 along axis 2, got \(3, 2\)"),
+        (None, [(2,)] * 4, "4 arrays are not those of 3 equal layers"),
+    ],
+)
+def test_another_number_of_layers_is_an_error(axis: Any, shapes: Any, message: str) -> None:
+    arrays = [np.ones(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        Stacked(count=3, linen_axis=axis).to_nnx(arrays)
+    with pytest.raises(ValueError, match=message):
+        Stacked(count=3, nnx_axis=axis).to_linen(arrays)
+
+
 def test_a_fused_array_of_another_length_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected length 5 along axis -1.*got float32\[3,4\]"):
         Concatenate((2, 3)).to_linen([np.ones((3, 4), np.float32)])
