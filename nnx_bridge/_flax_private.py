@@ -34,25 +34,35 @@ def unflatten(graphdef: Any, leaves: Sequence[Any]) -> tuple[Any, Nodes]:
     return copy, nodes
 
 
-def flatten_copy(copy: Any, nodes: Nodes) -> Any:
-    """The definition of a graph that remembers the indices of the ``nodes`` that `unflatten`
-    made."""
-    indices = graphlib.RefMap.from_indexmap(nodes)
+def flatten_copy(copy: Any, nodes: Sequence[Any]) -> Any:
+    """The definition of a graph that remembers the numbers of the ``nodes`` that the copy was made
+    with."""
+    indices = _indices(nodes)
     graphdef, _ = graphlib.flatten(copy, ref_outer_index=indices, graph=True)
     return graphdef
 
 
 def update_graph(
-    graphdef: Any, leaves: Sequence[Any], indices: Indices, as_they_are: Sequence[Any]
+    graphdef: Any, leaves: Sequence[Any], nodes: Sequence[Any], as_they_are: Sequence[Any]
 ) -> None:
-    """Brings the nodes of ``indices`` into the state that `flatten_copy` found their copies in.
+    """Brings the ``nodes`` into the state that `flatten_copy` found their copies in.
 
     Nodes that are ``as_they_are`` stand among the ``leaves`` themselves, and are not updated.
     """
+    indices = _indices(nodes)
     outer = graphlib.IndexMap.from_refmap(indices)
     for node in as_they_are:
         del outer[indices[node]]
     graphlib.unflatten(graphdef, list(leaves), outer_index_outer_ref=outer)
+
+
+def is_graph_node(x: Any) -> bool:
+    """Whether the graph mode looks for ``x`` in several places."""
+    return bool(graphlib.is_graph_node(x))
+
+
+def _indices(nodes: Sequence[Any]) -> Indices:
+    return graphlib.RefMap.from_indexmap(graphlib.IndexMap(enumerate(nodes)))
 
 
 def attributes(slots: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from nnx_bridge import _flax_private
 from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._filters import to_predicate, visibility
 from nnx_bridge.functional._hidden import without
+from nnx_bridge.functional._skeleton import take_apart
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.functional._storage import (
     check_fits,
@@ -45,7 +46,6 @@ class NNXGroup:
     """NNX modules and Variables; see `lifted._group.Group`.
 
     Attributes:
-      graphdef: what is static of the targets; hashable.
       shown: what is in ``variables`` by path, first the number of the target.
     """
 
@@ -55,9 +55,7 @@ class NNXGroup:
         self, targets: Sequence[Any], *, variables: Filter, frozen: Filter, rngs: Filter
     ) -> None:
         self._are_variables = [isinstance(target, nnx.Variable) for target in targets]
-        self.graphdef, self._paths, self._originals, self._indices = _flax_private.flatten(
-            tuple(targets)
-        )
+        self._skeleton, self._paths, self._originals, self._nodes = take_apart(tuple(targets))
         # Asked here, since inside a JAX transform even this question would be an operation.
         self._elsewhere = [i for i, leaf in enumerate(self._originals) if not is_plain(leaf)]
         self._referring = [i for i in self._elsewhere if holds_reference(self._originals[i])]
@@ -79,11 +77,16 @@ class NNXGroup:
         }
         self.variables = self.by_target(self.shown)
 
+    @property
+    def definition(self) -> Any:
+        """What is static of the targets; hashable."""
+        return self._skeleton, jax.tree.structure(self._leaves)
+
     def bare(self) -> "NNXGroup":
         """This group without the targets and with shapes in the place of the arrays in `variables`:
         for a function that JAX may keep. There is nothing that it could publish to."""
         other = copy.copy(self)
-        other._originals, other._indices = [], type(self._indices)()
+        other._originals, other._nodes = [], []
         other.variables = jax.tree.map(_shape, self.variables)
         other.shown = shapes = self.flat(other.variables)
         other._leaves = [
@@ -107,8 +110,8 @@ class NNXGroup:
         # New Variables in new containers: what the call writes in place is not the caller's.
         parts, treedef = jax.tree.flatten(leaves)
         fresh = treedef.unflatten(parts)  # type: ignore[attr-defined]
-        copies, nodes = _flax_private.unflatten(self.graphdef, fresh)
-        snapshot = Snapshot(nodes.values())
+        copies, nodes = self._skeleton.copy(fresh)
+        snapshot = Snapshot(nodes)
         targets = list(copies)
         with _explained(), contextlib.ExitStack() as hiding:
             hiding.enter_context(without(targets, self._hidden))
@@ -146,7 +149,7 @@ class NNXGroup:
         for place in graph.created:
             leaves[place] = leaves[place].copy(ref=True)
         as_they_are = [self._originals[i] for i in self._elsewhere]
-        _flax_private.update_graph(graph.definition, leaves, self._indices, as_they_are)
+        _flax_private.update_graph(graph.definition, leaves, self._nodes, as_they_are)
         for original, variable in contents:
             write(original, variable)
 
@@ -189,7 +192,7 @@ class NNXGroup:
         return sorted({name for kind in types for name in (collection_name(kind), kind.__name__)})
 
     def _regraph(
-        self, before: list[Any], fresh: list[Any], copies: Any, nodes: _flax_private.Nodes
+        self, before: list[Any], fresh: list[Any], copies: Any, nodes: Sequence[Any]
     ) -> NNXUpdates:
         """The updates where the graph has changed."""
         _, paths, held, _ = _flax_private.flatten(copies)

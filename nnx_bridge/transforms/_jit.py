@@ -124,7 +124,7 @@ def _jitted(
 def _static_of(functional: Functional) -> Any:
     (group,) = functional.groups
     assert isinstance(group, NNXGroup)
-    return functional.structure, group.graphdef
+    return functional.structure, group.definition
 
 
 def _many(given: Any) -> tuple[Any, ...]:

@@ -62,13 +62,15 @@ def test_a_changed_copy_brings_the_original_to_its_state() -> None:
     mdl = models.make(models.MLP)
     first, second, kernel = mdl.first, mdl.second, mdl.second.kernel
     graphdef, _, leaves, indices = _flax_private.flatten(mdl)
+    originals = list(_flax_private.Nodes.from_refmap(indices).values())
     copy, nodes = _flax_private.unflatten(graphdef, jax.tree.map(lambda x: x, leaves))
     copy.first, copy.second = copy.second, copy.first
     copy.first.extra = nnx.Param(jnp.ones(3))
     copy.calls = 1
     del copy.second.bias
     _, _, after, _ = _flax_private.flatten(copy)
-    _flax_private.update_graph(_flax_private.flatten_copy(copy, nodes), after, indices, [])
+    definition = _flax_private.flatten_copy(copy, list(nodes.values()))
+    _flax_private.update_graph(definition, after, originals, [])
     assert (mdl.first, mdl.second, mdl.calls) == (second, first, 1)
     assert mdl.first.kernel is kernel
     assert mdl.first.extra is copy.first.extra  # The leaves themselves are used.
@@ -79,6 +81,16 @@ def test_the_definition_of_a_graph_is_hashable_and_equal_for_equal_graphs() -> N
     first, second = (_flax_private.flatten(models.make(models.MLP))[0] for _ in range(2))
     assert (first, hash(first)) == (second, hash(second))
     assert first != _flax_private.flatten(models.make(models.Norm))[0]
+
+
+def test_nodes_of_the_graph_mode() -> None:
+    class NoPytree(nnx.Module, pytree=False):
+        pass
+
+    for node in (NoPytree(), nnx.Param(1.0), jax.new_ref(jnp.ones(2))):
+        assert _flax_private.is_graph_node(node)
+    for leaf in (jnp.ones(2), 1.0, "name"):
+        assert not _flax_private.is_graph_node(leaf)
 
 
 def test_metadata_are_compared_as_nnx_gives_them_out() -> None:

@@ -100,6 +100,13 @@ FAULTS = [
         "::test_containers_of_python_that_are_changed_in_place",
     ),
     Fault(
+        "what is shared is copied for each place",
+        "nnx_bridge/functional/_skeleton.py",
+        "if visit.nothing_twice() and not",
+        "if not",
+        "tests/nnx_bridge/functional/test_skeleton.py::test_a_copy_shares_what_is_shared",
+    ),
+    Fault(
         "a predicate of DenyList is not negated",
         "nnx_bridge/functional/_filters.py",
         "return lambda path, leaf: not denied(path, leaf)",
