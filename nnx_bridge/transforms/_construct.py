@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from lifted._errors import path_text
@@ -48,10 +47,7 @@ def vmapped_init(
         lifting = Lifting(plan, mdl, metadata_params)
         agreed(plan.name, argument, size, lifting.sizes())  # Of modules that were given.
         of_size = {"axis_size": size, **options}
-        call = Mapped(lifting, lambda mdl: inner(mdl, *given), (), 0, None, of_size)
-        with call.explained():
-            result = jax.vmap(call.step, **call.axes)(*call.inputs)
-        call.finish(result)
+        Mapped(lifting, lambda mdl: inner(mdl, *given), (), 0, None, of_size).run()
 
     return init
 

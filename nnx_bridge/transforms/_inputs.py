@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lifted._errors import Path, describe, dtype_of, path_text
+from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional import NNXUpdates, Old
 from nnx_bridge.transforms._lifting import Axes, Form, Key, Leaf, Lifting
 from nnx_bridge.transforms._metadata import axis_removed
@@ -166,24 +167,27 @@ class Step:
                 else:
                     key: Key = own[i] if same else (path_text(path), i)
                     if where is Kept.CARRY:
-                        self._check_carried(path, key, part)
+                        self._check_carried(path, entry.leaf, key, part)
                     sources.append(("kept", key))
                     kept[key] = part
             leaves.append(Leaf(path, treedef, sources, where))
         return Taken(axes, kept, Form(leaves, updates.graph.value is not None, close))
 
-    def _check_carried(self, path: Path, key: Key, part: Any) -> None:
+    def _check_carried(self, path: Path, leaf: Any, key: Key, part: Any) -> None:
         name = self._inputs.lifting.plan.name
+        collection = collection_name(type(leaf))
         if key not in self._inputs.carried:
             raise ValueError(
                 f"{name}: {path_text(path)} is created in the loop, or changes its structure "
-                "there, but it is carried. Create it before the loop."
+                f"there, but its collection {collection!r} is carried. Create it before the loop."
             )
         before = self._inputs.carried[key]
         if (np.shape(before), dtype_of(before)) != (np.shape(part), dtype_of(part)):
             raise ValueError(
-                f"{name}: {path_text(path)} is carried, so it must keep its shape and dtype: it "
-                f"comes in as {describe(before)} and leaves as {describe(part)}."
+                f"{name}: {path_text(path)} of the collection {collection!r} is carried, so it "
+                f"must keep its shape and dtype: it comes into a step as {describe(before)} and "
+                f"leaves it as {describe(part)}. Convert what is written, such as with .astype, or "
+                "give the Variable that shape and dtype before the loop."
             )
 
 

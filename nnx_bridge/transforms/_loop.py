@@ -13,6 +13,7 @@ from flax.core import broadcast
 
 from lifted._errors import describe
 from nnx_bridge.transforms._arguments import axes_of
+from nnx_bridge.transforms._carry import Carries
 from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._invariants import varying_outputs
 from nnx_bridge.transforms._lifting import Form, Key, Lifting
@@ -24,7 +25,9 @@ class Loop:
     """The call ``fn(mdl, carry, *xs)`` for each step.
 
     What every step writes alike (the counts of RNG streams, broadcast Variables, outputs with the
-    axis `broadcast`) leaves the loop as a part of the carry that no step reads.
+    axis `broadcast`) leaves the loop as a part of the carry that no step reads. The count of a
+    stream is the highest that a step has left: where only some steps draw, no later call draws
+    their keys.
 
     Attributes:
       slices: what `step` is run over, with the axis in front.
@@ -43,6 +46,7 @@ class Loop:
     ) -> None:
         self._lifting, self._fn, self._out_axes = lifting, fn, out_axes
         self._carry = carry
+        self._carries = Carries("scan")
         # What is done to the variables of each step on their way in.
         self._change = data_transform and functools.partial(
             data_transformed, lifting.plan, data_transform
@@ -76,9 +80,10 @@ class Loop:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Says which Variable an error is about."""
+        """Says which Variable, or which part of the carry, an error is about."""
         try:
-            yield
+            with self._carries.explained():
+                yield
         except AttributeError as error:
             raise self._lifting.explain(error) from error
 
@@ -128,7 +133,7 @@ class Loop:
 
     def step(self, state: Any, xs: Any, *, found_only: bool = False) -> Any:
         """One step; with ``found_only`` what is written alike and has no place in the carry."""
-        carry, carried, _ = state
+        carry, carried, left = state
         of_args, slices = xs
         step = self._inputs.step(dict(zip(self._along, slices, strict=True)), carried)
         each = iter(of_args)
@@ -147,7 +152,8 @@ class Loop:
                 "scan: the function must return a pair (carry, ys), as for jax.lax.scan; got "
                 f"{jax.tree.structure(y)}."
             )
-        carry, ys = y
+        before, (carry, ys) = carry, y
+        self._carries.note(before, carry)
         ys, structure = jax.tree.flatten(ys)
         treedef: Any = structure
         y_axes = axes_of("scan", self._out_axes, treedef.unflatten(ys), broadcast, "out_axes")
@@ -166,6 +172,8 @@ class Loop:
             kept.pop(key, self._lifting.parts[key] if isinstance(key, int) else was)
             for key, was in self._alike.items()
         ]
+        highest = len(self._inputs.counts)
+        alike[:highest] = map(jnp.maximum, alike[:highest], left[:highest])
         self._found |= dict.fromkeys(kept)
         if found_only:
             return list(kept.values())

@@ -75,7 +75,7 @@ def scan(
 
     Raises:
       TypeError: the target is neither, options have the wrong type, no pair is returned, or the
-        carry holds a module or a Variable.
+        carry holds a module or a Variable, or changes its structure, a shape or a dtype.
       ValueError: lengths disagree, a filter names a collection twice, a collection or a stream
         that is not named is used, or a broadcast Variable is written differently per step.
 

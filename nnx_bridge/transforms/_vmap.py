@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from nnx_bridge.transforms._arguments import agreed, axes_of, bind, check_variables, sizes_of
 from nnx_bridge.transforms._construct import vmapped_init
 from nnx_bridge.transforms._lifting import Lifting
@@ -108,10 +106,7 @@ def _vmapped(
             check_variables(plan, in_axes, given, nothing=None)
         size = agreed("vmap", "axis_size", axis_size, [*sizes_of(axes, args), *lifting.sizes()])
         options = {"axis_size": size, "axis_name": axis_name, "spmd_axis_name": spmd_axis_name}
-        call = Mapped(lifting, inner, args, in_axes, out_axes, options)
-        with call.explained():
-            result = jax.vmap(call.step, **call.axes)(*call.inputs)
-        return call.finish(result)
+        return Mapped(lifting, inner, args, in_axes, out_axes, options).run()
 
     return mapped
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lifted._engine import unbound
+from nnx_bridge.transforms._carry import Carries
 from nnx_bridge.transforms._inputs import Inputs
 from nnx_bridge.transforms._lifting import Form, Lifting
 from nnx_bridge.transforms._plan import Kept, Plan, Rule
@@ -41,7 +43,8 @@ def while_loop(
       The last carry.
 
     Raises:
-      TypeError: a function is none, or the carry holds a module or a Variable.
+      TypeError: a function is none, or the carry holds a module or a Variable, or changes its
+        structure, a shape or a dtype.
       ValueError: a Variable is written that is not carried, or one that is changes its shape or
         dtype; or a filter names a collection twice.
 
@@ -78,6 +81,7 @@ def while_loop(
     inputs = Inputs(lifting, None)
     keys = inputs.axes.get(0, [])
     forms: list[Form] = []
+    carries = Carries("while_loop")
 
     def step(state: Any, sign: int) -> Any:
         number, _, carried, _ = state
@@ -96,19 +100,22 @@ def while_loop(
         return result
 
     def body(state: Any) -> Any:
-        number, carry, carried, _ = state
+        number, carry, carried, highest = state
         of_step = step(state, 1)
         with of_step.opened() as (mdl, take):
-            carry = body_fn(mdl, carry)
+            after_step = body_fn(mdl, carry)
             taken = take()
-        check_output("while_loop", carry)
+        check_output("while_loop", after_step)
+        carries.note(carry, after_step)
         kept = taken.kept
         after = [kept.pop(key, x) for key, x in zip(inputs.carried, carried, strict=True)]
         counts = [kept.pop(key, lifting.parts[key]) for key in inputs.counts]
+        # Where only some steps draw, no later call draws their keys.
+        counts = list(map(jnp.maximum, counts, highest))
         for key in kept:
             raise ValueError(lifting.differs(key))
         forms.append(taken.form)
-        return None if number is None else number + 1, carry, after, counts
+        return None if number is None else number + 1, after_step, after, counts
 
     start = (
         0 if keys else None,
@@ -117,7 +124,8 @@ def while_loop(
         [lifting.parts[key] for key in inputs.counts],
     )
     try:
-        _, carry, carried, counts = jax.lax.while_loop(goes_on, body, start)
+        with carries.explained():
+            _, carry, carried, counts = jax.lax.while_loop(goes_on, body, start)
     except AttributeError as error:
         raise lifting.explain(error) from error
     kept = dict(zip((*inputs.carried, *inputs.counts), (*carried, *counts), strict=True))

@@ -37,10 +37,33 @@ FAULTS = [
         "::test_a_loop_of_one_step_does_what_a_plain_call_does",
     ),
     Fault(
+        "a loop leaves the count of its last step",
+        "nnx_bridge/transforms/_loop.py",
+        "        alike[:highest] = map(jnp.maximum, alike[:highest], left[:highest])\n",
+        "",
+        "tests/nnx_bridge/transforms/test_control_flow.py"
+        "::test_no_key_is_drawn_twice_where_only_some_steps_draw",
+    ),
+    Fault(
+        "a loop that ends by itself leaves the count of its last step",
+        "nnx_bridge/transforms/_while_loop.py",
+        "counts = list(map(jnp.maximum, counts, highest))",
+        "pass",
+        "tests/nnx_bridge/transforms/test_control_flow.py"
+        "::test_no_key_is_drawn_twice_where_only_some_steps_draw",
+    ),
+    Fault(
+        "of a carry that changes only the structure is named",
+        "nnx_bridge/transforms/_carry.py",
+        "            if old != new:\n",
+        "            if False:\n",
+        "tests/nnx_bridge/transforms/test_errors.py::test_a_carry_that_changes",
+    ),
+    Fault(
         "spmd_axis_name is ignored",
         "nnx_bridge/transforms/_vmap.py",
-        '"axis_name": axis_name, "spmd_axis_name": spmd_axis_name}\n        call',
-        '"axis_name": axis_name}\n        call',
+        '"axis_name": axis_name, "spmd_axis_name": spmd_axis_name}\n        return',
+        '"axis_name": axis_name}\n        return',
         "tests/nnx_bridge/transforms/test_programs.py::test_mapped_layers_on_an_axis_of_a_mesh",
     ),
     Fault(

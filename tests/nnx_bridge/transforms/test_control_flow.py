@@ -16,6 +16,7 @@ from tests.helpers import assert_trees_close, assert_trees_equal, normal, strict
 from tests.nnx_bridge import models
 from tests.nnx_bridge.transforms.twins import NNXBlock, collections
 
+_SPLIT = {"params": True}
 X = normal(4, 3)
 
 
@@ -224,3 +225,42 @@ def test_a_branch_that_writes_a_parameter(pred: bool) -> None:
     y = nn.cond(pred, decay, lambda mdl, x: x, mdl, X)
     assert_trees_close(y, wanted)
     assert_trees_close(nnx.state(mdl), nnx.state(plain))
+
+
+def _keys_of_some_steps(mdl: nnx.Rngs, number: jax.Array) -> jax.Array:
+    """A key in the first step, zeros in the others."""
+    return nn.cond(
+        number == 0,
+        lambda rngs: jax.random.key_data(rngs.params()),
+        lambda rngs: jnp.zeros(2, jnp.uint32),
+        mdl,
+    )
+
+
+def _in_turn(rngs: nnx.Rngs, carry: Any) -> Any:
+    return carry[0] + 1, carry[1] + _keys_of_some_steps(rngs, carry[0])
+
+
+_START = (jnp.array(0), jnp.zeros(2, jnp.uint32))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        nn.scan(lambda rngs, carry: (_in_turn(rngs, carry), None), split_rngs=_SPLIT, length=3),
+        nn.remat_scan(_in_turn, lengths=(2, 2)),
+        nn.vmap(_keys_of_some_steps, split_rngs=_SPLIT),
+        lambda rngs, carry: nn.while_loop(
+            lambda rngs, carry: carry[0] < 3, _in_turn, rngs, carry, split_rngs=_SPLIT
+        ),
+    ],
+    ids=["scan", "remat_scan", "vmap", "while_loop"],
+)
+def test_no_key_is_drawn_twice_where_only_some_steps_draw(draw: Any, request: Any) -> None:
+    start = jnp.arange(3) if "[vmap]" in request.node.name else _START
+    rngs = nnx.Rngs(params=0)
+    with strict():
+        first, second = (jax.tree.leaves(draw(rngs, start))[-1].ravel()[:2] for _ in range(2))
+    assert first.any() and second.any()
+    assert (first != second).any()
+    assert rngs.params.count[...] == 2

@@ -243,8 +243,36 @@ def test_a_carried_variable_that_changes() -> None:
 
     mdl = NNXBlock(nnx.Rngs(0))
     run = nn.scan(grow, variable_broadcast="params", variable_carry="batch_stats", length=2)
-    with pytest.raises(ValueError, match=r"mean is carried.*float32\[3\].*float32\[6\]"):
+    message = r"mean of the collection 'batch_stats' is.*float32\[3\].*float32\[6\].*astype"
+    with pytest.raises(ValueError, match=message):
         run(mdl, 0.0)
+
+
+def _scanned(change: Any, carry: Any) -> Any:
+    run = nn.scan(lambda mdl, carry: (change(carry), None), variable_broadcast=True, length=2)
+    return run(models.make(models.MLP), carry)
+
+
+def _looped(change: Any, carry: Any) -> Any:
+    mdl = models.make(models.MLP)
+    return nn.while_loop(lambda mdl, carry: True, lambda mdl, carry: change(carry), mdl, carry)
+
+
+@pytest.mark.parametrize("run", [_scanned, _looped])
+def test_a_carry_that_changes(run: Any) -> None:
+    carry = {"n": jnp.array(0), "h": jnp.ones(3)}
+    with pytest.raises(TypeError, match=r"carry\['h'\].*float32\[3\].*bfloat16\[3\].*astype"):
+        run(lambda carry: {**carry, "h": carry["h"].astype(jnp.bfloat16)}, carry)
+    with pytest.raises(TypeError, match=r"carry\['n'\] comes.*int32\[\] and.*int32\[2\]"):
+        run(lambda carry: {**carry, "n": jnp.array([0, 1])}, carry)
+    with pytest.raises(TypeError, match=r"the carry comes.*with the structure .*'h'"):
+        run(lambda carry: {"n": carry["n"]}, carry)
+
+
+@pytest.mark.parametrize("run", [_scanned, _looped])
+def test_an_error_of_the_function_itself_stays(run: Any) -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run(lambda carry: carry["h"] + "no number", {"h": jnp.ones(3)})
 
 
 def test_a_variable_that_is_created_in_one_branch() -> None:
