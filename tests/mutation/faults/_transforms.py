@@ -60,6 +60,35 @@ FAULTS = [
         "tests/nnx_bridge/transforms/test_errors.py::test_a_carry_that_changes",
     ),
     Fault(
+        "remat shows all collections",
+        "nnx_bridge/transforms/_remat.py",
+        'functionalized("checkpoint", mdl, variables=variables, rngs=rngs)',
+        'functionalized("checkpoint", mdl, rngs=rngs)',
+        "tests/nnx_bridge/transforms/test_parameters.py::test_filters_of_what_is_visible",
+    ),
+    Fault(
+        "remat_scan puts the axes of Variables in front",
+        "nnx_bridge/transforms/_remat.py",
+        '"variable_axes": variable_axes,',
+        '"variable_axes": _ALL_ALONG_0,',
+        "tests/nnx_bridge/transforms/test_parameters.py"
+        "::test_remat_scan_puts_the_axis_where_it_is_told",
+    ),
+    Fault(
+        "map_variables shows all streams",
+        "nnx_bridge/transforms/_map_variables.py",
+        "mdl, variables=visible, rngs=rngs)",
+        "mdl, variables=visible)",
+        "tests/nnx_bridge/transforms/test_parameters.py::test_filters_of_what_is_visible",
+    ),
+    Fault(
+        "_split_transpose is ignored",
+        "nnx_bridge/transforms/_scan.py",
+        '"_split_transpose": _split_transpose,',
+        '"_split_transpose": False,',
+        "tests/nnx_bridge/transforms/test_parameters.py::test_the_option_that_splits_the_transpose",
+    ),
+    Fault(
         "spmd_axis_name is ignored",
         "nnx_bridge/transforms/_vmap.py",
         '"axis_name": axis_name, "spmd_axis_name": spmd_axis_name}\n        return',

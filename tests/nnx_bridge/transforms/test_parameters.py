@@ -218,6 +218,16 @@ def test_remat_scan_takes_the_options_of_scan() -> None:
     assert_trees_close(y, wanted)
 
 
+def test_remat_scan_puts_the_axis_where_it_is_told() -> None:
+    Stack = nn.remat_scan(nnx.Linear, lengths=(2,), variable_axes={"params": 1})
+    stack = Stack(3, 3, rngs=nnx.Rngs(0))
+    assert stack.kernel.shape == (3, 2, 3)
+    wanted = X
+    for i in range(2):
+        wanted = wanted @ stack.kernel[:, i] + stack.bias[:, i]
+    assert_trees_close(stack(X), wanted)
+
+
 def test_remat_scan_has_a_policy() -> None:
     policies = jax.checkpoint_policies
 
