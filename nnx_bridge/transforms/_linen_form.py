@@ -65,7 +65,9 @@ def with_values(state: Any, old: nnx.State, collections: Any, where: str) -> Any
         others = wanted if path in given else given
         raise ValueError(
             f"{where} {what} {path_text(path)}; it must return the Variables that it was given: "
-            f"{suggestion(path_text(path), map(path_text, others))}."
+            f"{suggestion(path_text(path), map(path_text, others))}. A module finds its Variables "
+            "by its attributes, so they keep their paths; shapes and dtypes may change. To pack or "
+            "rename Variables, hold them so in the module, and unpack them where it uses them."
         )
     return _replaced(state, {path: (leaf, given[n]) for n, (path, leaf) in wanted.items()})
 

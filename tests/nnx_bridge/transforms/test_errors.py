@@ -291,6 +291,17 @@ def test_a_loop_writes_only_what_is_carried() -> None:
         )
 
 
+@pytest.mark.parametrize("option", ["trans_in_fn", "trans_out_fn"])
+def test_mapped_variables_keep_their_paths(option: str) -> None:
+    def packed(variables: Any) -> Any:
+        return {"batch_stats": {"packed": jax.tree.leaves(variables)}}
+
+    run = nn.map_variables(step, "batch_stats", **{option: packed}, mutable=True)
+    message = rf"{option} has .*must return the Variables.*keep their paths.*To pack or rename"
+    with pytest.raises(ValueError, match=message):
+        run(NNXBlock(nnx.Rngs(0)), X)
+
+
 def test_mapped_variables_are_read_only() -> None:
     run = nn.map_variables(step, "batch_stats")
     with pytest.raises(ValueError, match="mean is written.*mutable=True"):
