@@ -25,6 +25,12 @@ class SharesWithoutVariables(nnx.Module):
         self.dense = nnx.Linear(3, 2, rngs=rngs)
 
 
+class SharesOneVariable(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.tied = self.dense.kernel
+
+
 @pytest.mark.parametrize(
     ("kind", "skeleton"),
     [
@@ -34,6 +40,7 @@ class SharesWithoutVariables(nnx.Module):
         (models.Shared, Graph),
         (models.Cyclic, Graph),
         (SharesWithoutVariables, Graph),
+        (SharesOneVariable, Graph),
         (NoPytree, Graph),
     ],
 )
