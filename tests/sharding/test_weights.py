@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nnx_bridge
-from tests.helpers import assert_trees_equal, normal, randomized
+from nnx_bridge.equivalence._exact import Exact
+from tests.helpers import assert_trees_close, assert_trees_equal, normal, randomized
 from tests.nnx_bridge.checkpoints.files import save
 from tests.sharding.matrix import (
     KINDS,
@@ -259,6 +260,21 @@ def test_a_comparison_runs_programs_that_are_sharded(setting: Setting) -> None:
     for places in seen:
         for place, what in zip(places, ("up", "batch"), strict=False):
             assert place.is_equivalent_to(setting.place(what), 2)
+
+
+def test_loops_of_the_reference_in_float64_keep_their_shardings() -> None:
+    setting = Setting("data", "explicit")
+    _, x, _ = placed(setting)
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        # A choice is between arrays of one sharding.
+        return jnp.where(x > 0, jnp.sin(x), jnp.zeros_like(x)), None
+
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(step, x, length=2)[0]
+
+    with jax.set_mesh(setting.mesh):
+        assert_trees_close(Exact(loop, x)(x), loop(x))
 
 
 def test_a_comparison_of_sharded_weights_sees_a_wrong_one() -> None:
