@@ -23,6 +23,7 @@ from nnx_bridge.host._keys import Keys
 from nnx_bridge.host._modes import find_mode
 from nnx_bridge.host._node_type import NodeType, node_type, sent, sent_type
 from nnx_bridge.host._program import Place
+from nnx_bridge.host._properties import read_property
 from nnx_bridge.host._tree import Level, put, slots
 
 # From which node each node was last reached, so that one which is called by itself finds the keys
@@ -153,14 +154,13 @@ class Node(Level, metaclass=NodeType):
         if name in place.fields:
             return place.fields[name]
         kind = place.kind
-        found = inspect.getattr_static(kind, name, None)
-        if isinstance(found, staticmethod | classmethod):
+        found = inspect.getattr_static(kind, name, _MISSING)
+        if isinstance(found, staticmethod | classmethod | type):
             return getattr(kind, name)
-        if isinstance(found, property | functools.cached_property):
-            known = place.program.layout.submodules.get(place.path)
-            return getattr(known.module if place.path and known else place.program.module, name)
         if callable(found):
             return functools.partial(self, method=found)
+        if found is not _MISSING:
+            return read_property(top_of(self), self, name)
         what = "Linen module" if kind is None else kind.__name__
         raise AttributeError(
             f"the hosted {what} has no variable, submodule, field or method {name!r}; "
@@ -209,6 +209,7 @@ class Node(Level, metaclass=NodeType):
 
 
 N = TypeVar("N", bound=Node)
+_MISSING = object()
 
 
 def _empty(kind: Any, base: type[N]) -> N:
@@ -305,4 +306,4 @@ def _shown_fields(node: Level) -> dict[str, Any]:
 
 def _names(node: Level) -> list[str]:
     attributes = [n for n, x in slots(node).items() if isinstance(x, nnx.Module | nnx.Variable)]
-    return [*attributes, *slots(node)["_linen"].fields]
+    return [*dict.fromkeys([*attributes, *slots(node)["_linen"].fields])]
