@@ -18,9 +18,9 @@ from flax import errors
 from flax import linen as nn
 
 from nnx_bridge._collections import Path, Variables, flatten
+from nnx_bridge._values import leaves
 from nnx_bridge.host._binding import Submodule, below, is_module, path_of, unbound
 from nnx_bridge.host._marks import has_mark, new_mark
-from nnx_bridge._values import leaves
 
 Shapes = tuple[tuple[str, Any], ...]
 

@@ -9,10 +9,10 @@ from typing import Any
 from flax import linen as nn
 from flax.errors import FlaxError
 
+from nnx_bridge._values import map_leaves
 from nnx_bridge.host._binding import path_of
 from nnx_bridge.host._program import Place
 from nnx_bridge.host._tree import Level, find, slots
-from nnx_bridge._values import map_leaves
 
 
 def read_property(top: Level, node: Level, name: str) -> Any:
