@@ -20,11 +20,13 @@ from lifted._errors import path_text
 from lifted._nested import thaw
 from nnx_bridge._collections import Path
 from nnx_bridge.host._asked import Call, Prepared, in_mode, own_modes
+from nnx_bridge.host._binding import as_it_runs, bind, given_module, path_of
 from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._interventions import intervening, mark
 from nnx_bridge.host._keys import Keys
-from nnx_bridge.host._layout import bind, given_module
+from nnx_bridge.host._marks import unmarked
 from nnx_bridge.host._program import Place
+from nnx_bridge.host._replacement import Replaced
 from nnx_bridge.host._tree import Level, find, slots
 
 
@@ -46,7 +48,7 @@ class Below(Prepared):
         node: Level,
         asked: Call,
         keys: Keys | None,
-        replaced: nn.Module | None,
+        replaced: Replaced | None,
         around: contextlib.ExitStack,
     ) -> None:
         self.asked = asked
@@ -69,17 +71,17 @@ class Below(Prepared):
 
     def _module_at(self, path: Path) -> nn.Module:
         """The bound module at ``path``: that of the node, or one that it was given."""
-        given = None if self._replaced is None else given_module(self._replaced, path)
+        given = None if self._replaced is None else given_module(self._replaced.module, path)
         if given is not None:
             return given
         if path not in self._opened:
             place, asked = self._place, self.asked
-            outer = None if self._replaced is None else self._replaced.scope
+            outer = None if self._replaced is None else self._replaced.module.scope
             level = self._node if path == place.path else _outside(self._top, place, path)
-            unbound = _unbound(place, path)
+            unbound = _unbound(place, path, self._replaced)
             if path == place.path:
                 unbound = in_mode(unbound, self._node, asked)
-            frame = Frame(level, path)
+            frame = Frame(level, path, place.program)
             changeable = place.program.mutable_collections(asked.mutable, frame.variables)
             if self._keys is None and outer is not None and asked.mutable is None:
                 changeable = outer.mutable
@@ -142,7 +144,8 @@ def _scope(
         of_names = keys if isinstance(keys, Mapping) else {} if keys is None else {"params": keys}
         streams = {name: LazyRng.create(key, *path) for name, key in of_names.items()}
     name = path[-1] if path else None
-    flags = None if outer is None else outer.flags
+    # What is done to the modules of the call around is not done to this one.
+    flags = None if outer is None else unmarked(outer.flags)
     scope = Scope(variables, streams, name, mutable, path=path, flags=flags)
     if counters is not None:
         scope.rng_counters = counters
@@ -162,10 +165,12 @@ def _outside(top: Level, place: Place, path: Path) -> nnx.Module:
     return level
 
 
-def _unbound(place: Place, path: Path) -> nn.Module:
+def _unbound(place: Place, path: Path, replaced: Replaced | None) -> nn.Module:
     """The Linen module at ``path``, not bound."""
     if not path:
         return place.program.module
+    if replaced and path == path_of(replaced.module) and replaced.program == place.program:
+        return as_it_runs(replaced.module)
     known = place.program.layout.submodules.get(path)
     where = path_text(path)
     if known is None:

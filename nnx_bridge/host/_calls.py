@@ -58,7 +58,7 @@ class _OfModel(Prepared):
         around: contextlib.ExitStack,
     ) -> None:
         self.asked = asked
-        self._frame = frame = Frame(root, ())
+        self._frame = frame = Frame(root, (), program)
         self._module = module = in_mode(program.module, root, asked)
         self._changeable = program.mutable_collections(asked.mutable, frame.variables)
         self._mutable = frame.mutable(self._changeable)

@@ -18,7 +18,7 @@ from lifted._trees import identical
 from nnx_bridge import _flax_private
 from nnx_bridge._collections import Path, Variables, nest
 from nnx_bridge._variable_types import collection_name
-from nnx_bridge.host._layout import path_of
+from nnx_bridge.host._binding import path_of
 from nnx_bridge.host._tree import Level, node_at, nodes
 
 Recorded = dict[str, dict[str, Any]]

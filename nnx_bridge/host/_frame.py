@@ -11,6 +11,7 @@ from flax.core.scope import CollectionFilter, in_filter, union_filters
 from nnx_bridge._collections import Path, Variables
 from nnx_bridge.host._captures import deposit, recorded
 from nnx_bridge.host._marks import COLLECTION, places
+from nnx_bridge.host._program import Program
 from nnx_bridge.host._replacement import Replacement
 from nnx_bridge.host._tree import Contents, contents, write
 
@@ -27,7 +28,7 @@ class Frame:
       modes: whether nodes are in training, where that was said, by their paths in the model.
     """
 
-    def __init__(self, node: nnx.Module, path: Path) -> None:
+    def __init__(self, node: nnx.Module, path: Path, program: Program) -> None:
         self._node = node
         self.path = path
         self._contents: Contents = contents(node)
@@ -40,7 +41,7 @@ class Frame:
         self.variables = variables
         self.places: dict[str, Any] = {}
         replaced = self._in_model(self._contents.replacements)
-        self.replacements = {p: Replacement(p, m) for p, m in replaced.items()}
+        self.replacements = {p: Replacement(p, m, program) for p, m in replaced.items()}
         self.modes: dict[Path, bool] = self._in_model(self._contents.modes)
 
     def _in_model(self, values: dict[Path, Any]) -> dict[Path, Any]:

@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter, DenyList
+from flax.errors import FlaxError
 
 from lifted._errors import describe, path_text
 from nnx_bridge._collections import Variables
@@ -63,7 +64,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         update by themselves.
       training: Which arguments or fields `train()` and `eval()` set, with their values in training:
         `{"deterministic": False}`. By default they are found by their names; see
-        `Node.training_arguments`.
+        `Node.training_arguments`. What is no mapping is the argument `training` of the module.
       **kwargs: Sample inputs by keyword.
 
     Raises:
@@ -92,11 +93,13 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         rngs: Keys | nnx.Rngs | None = None,
         method: Method = None,
         mutable: CollectionFilter | None = None,
-        training: Mapping[str, bool] | None = None,
+        training: Mapping[str, bool] | Any = None,
         _layout: Layout | None = None,
         **kwargs: Any,
     ) -> None:
         check_linen_module(module)
+        if not (training is None or isinstance(training, Mapping)):
+            kwargs, training = {**kwargs, "training": training}, None
         if not isinstance(variables, Mapping):
             raise TypeError(
                 "variables must be nested dicts by collection, as module.init returns them; got "
@@ -187,8 +190,41 @@ def _layout_of_call(
         abstractly(run, (variables, *args), kwargs)
     except Exception as error:
         explain(error, module, variables, args, kwargs, method, frozenset())
-        raise
+        # Linen's own errors are of the variables, and others may be of the inputs.
+        of_variables = isinstance(error, FlaxError)
+        found = None if of_variables else _layout_of_init(module, variables, args, kwargs, method)
+        if found is None:
+            raise
+        layout = found
     layout.complete = layout.has_modules_of(variables)
+    return layout
+
+
+def _layout_of_init(
+    module: nn.Module,
+    variables: Variables,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    method: Method,
+) -> Layout | None:
+    """What is known of the modules where sample inputs are those of `init` alone.
+
+    A model that decodes step by step gets a whole sequence there. None where the variables are not
+    what `init` makes of these inputs.
+    """
+    layout = Layout()
+    keys = {"params": jax.random.key(0)}
+
+    def init(*args: Any, **kwargs: Any) -> None:
+        with layout.watching():
+            module.init(keys, *args, method=marked(method, [layout.mark]), **kwargs)
+
+    try:
+        if differences(module, variables, args, kwargs, method):
+            return None
+        abstractly(init, args, kwargs)
+    except Exception:  # noqa: BLE001  (The error of the call, which the caller raises, says more.)
+        return None
     return layout
 
 

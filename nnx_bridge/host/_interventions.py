@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from nnx_bridge._collections import Path
 from nnx_bridge.host import _marks
+from nnx_bridge.host._binding import below
 from nnx_bridge.host._captures import called_modules
 from nnx_bridge.host._frame import Frame
 from nnx_bridge.host._guard import Guard
-from nnx_bridge.host._layout import below
 from nnx_bridge.host._modes import in_modes
 from nnx_bridge.host._program import Program
 from nnx_bridge.host._replacement import Replacement

@@ -50,6 +50,11 @@ def traced_anew() -> AbstractContextManager[None]:
     return before_jit(anew)
 
 
+def unmarked(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a scope without marks."""
+    return {name: flag for name, flag in flags.items() if name != _FLAG}
+
+
 def has_mark(scope: Scope, mark: int) -> bool:
     """Whether a scope belongs to a call with this mark."""
     return mark in scope.get_flag(_FLAG, ())

@@ -20,8 +20,9 @@ from typing import Any
 from flax import linen as nn
 
 from nnx_bridge._collections import Path
+from nnx_bridge.host._binding import path_of
 from nnx_bridge.host._guard import Guard
-from nnx_bridge.host._layout import is_called, path_of
+from nnx_bridge.host._layout import is_called
 from nnx_bridge.host._marks import has_mark
 
 # The names by which Linen models ask for the mode, with their values in training.

@@ -13,16 +13,18 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.scope import CollectionFilter
 
-from lifted._errors import describe, path_text, suggestion
+from lifted._errors import path_text, suggestion
 from nnx_bridge import _flax_private
-from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name, linen_name
+from nnx_bridge._names import OWN_ATTRIBUTES, attribute_name
 from nnx_bridge.host._asked import Call, method_of
+from nnx_bridge.host._assigned import check_replacement, check_value
 from nnx_bridge.host._calls import prepare
 from nnx_bridge.host._interventions import Method
 from nnx_bridge.host._keys import Keys
 from nnx_bridge.host._modes import find_mode
 from nnx_bridge.host._node_type import NodeType, node_type, sent, sent_type
 from nnx_bridge.host._program import Place
+from nnx_bridge.host._properties import read_property
 from nnx_bridge.host._tree import Level, put, slots
 
 # From which node each node was last reached, so that one which is called by itself finds the keys
@@ -153,14 +155,13 @@ class Node(Level, metaclass=NodeType):
         if name in place.fields:
             return place.fields[name]
         kind = place.kind
-        found = inspect.getattr_static(kind, name, None)
-        if isinstance(found, staticmethod | classmethod):
+        found = inspect.getattr_static(kind, name, _MISSING)
+        if isinstance(found, staticmethod | classmethod | type):
             return getattr(kind, name)
-        if isinstance(found, property | functools.cached_property):
-            known = place.program.layout.submodules.get(place.path)
-            return getattr(known.module if place.path and known else place.program.module, name)
         if callable(found):
             return functools.partial(self, method=found)
+        if found is not _MISSING:
+            return read_property(top_of(self), self, name)
         what = "Linen module" if kind is None else kind.__name__
         raise AttributeError(
             f"the hosted {what} has no variable, submodule, field or method {name!r}; "
@@ -209,6 +210,7 @@ class Node(Level, metaclass=NodeType):
 
 
 N = TypeVar("N", bound=Node)
+_MISSING = object()
 
 
 def _empty(kind: Any, base: type[N]) -> N:
@@ -238,60 +240,6 @@ def top_of(node: Level) -> Level:
         node = parent
 
 
-def check_replacement(node: Level, name: str, value: nnx.Module) -> None:
-    """Checks that a module may stand in the place of the submodule ``name``.
-
-    Raises:
-      AttributeError: There is no such submodule.
-      TypeError: The module cannot be called.
-    """
-    place: Place = slots(node)["_linen"]
-    if name != attribute_name(linen_name(name)):
-        raise AttributeError(
-            f"{name!r} is an attribute of every NNX module; the submodule of this name is "
-            f"replaced by model[{name!r}] = ..."
-        )
-    submodules = [n for n, x in slots(node).items() if isinstance(x, nnx.Module)]
-    submodules += map(attribute_name, place.program.layout.children(place.path))
-    if name not in {*submodules} - {*OWN_ATTRIBUTES}:
-        where = path_text(place.path) or type(node).__name__
-        raise AttributeError(
-            f"{where} has no submodule {name!r} that could be replaced; "
-            f"{suggestion(name, {*submodules} - {*OWN_ATTRIBUTES})}"
-        )
-    below = (*place.path, linen_name(name))
-    methods = {method for path, method, _ in place.program.layout.returned if path == below}
-    for method in methods or {"__call__"}:
-        if not callable(getattr(value, method, None)):
-            raise TypeError(
-                f"{path_text(below)}: the model calls its method {method!r}, which its "
-                f"replacement {type(value).__name__} does not have"
-            )
-
-
-def check_value(node: Level, name: str, value: Any) -> None:
-    """Checks that what is no NNX module may stand in an attribute: what Linen reads may not go.
-
-    Raises:
-      TypeError: There is a submodule, or a Variable where ``value`` is none.
-    """
-    place: Place = slots(node)["_linen"]
-    held = slots(node).get(name)
-    linen, got = linen_name(name), describe(value)
-    path = path_text((*place.path, linen))
-    if isinstance(held, nnx.Module) or linen in place.program.layout.children(place.path):
-        hint = "; host it first: Host.init(module, rngs, *inputs)"
-        raise TypeError(
-            f"{path}: only an NNX module replaces a submodule, got {got}"
-            f"{hint if isinstance(value, nn.Module) else ''}"
-        )
-    if isinstance(held, nnx.Variable) and not isinstance(value, nnx.Variable):
-        raise TypeError(
-            f"{path} is a Variable, which {got} would remove; write its value, .{name}[...] = ..., "
-            f"or assign a {type(held).__name__}"
-        )
-
-
 def _shown_type(node: Node) -> type[Node]:
     """The class of a node; where it was not known when the node was made, that known by now."""
     return type(node) if node._kind else node_type(slots(node)["_linen"].kind, type(node))
@@ -305,4 +253,4 @@ def _shown_fields(node: Level) -> dict[str, Any]:
 
 def _names(node: Level) -> list[str]:
     attributes = [n for n, x in slots(node).items() if isinstance(x, nnx.Module | nnx.Variable)]
-    return [*attributes, *slots(node)["_linen"].fields]
+    return [*dict.fromkeys([*attributes, *slots(node)["_linen"].fields])]

@@ -35,22 +35,25 @@ from nnx_bridge._variable_types import collection_name
 from nnx_bridge.functional._snapshot import Snapshot
 from nnx_bridge.host._captures import deposit, recorded, recorded_values
 from nnx_bridge.host._marks import new_mark
+from nnx_bridge.host._program import Program
 
 # How many variables a message shows.
 _SHOWN = 4
 
 
 class Replacement:
-    """An NNX module in the place of the Linen module at ``path``."""
+    """An NNX module in the place of the Linen module at ``path`` of a program."""
 
-    def __init__(self, path: Path, module: nnx.Module) -> None:
+    def __init__(self, path: Path, module: nnx.Module, program: Program) -> None:
         self.path = path
+        self.program = program
         self.kind = type(module)
         self._graphdef, self._paths, self._leaves, _ = _flax_private.flatten(module)
 
     def __reduce__(self) -> Any:
         leaves = jax.tree.map(lambda x: x, self._leaves)
-        return Replacement, (self.path, _flax_private.unflatten(self._graphdef, leaves)[0])
+        module, _ = _flax_private.unflatten(self._graphdef, leaves)
+        return Replacement, (self.path, module, self.program)
 
     @property
     def mark(self) -> int:
@@ -78,7 +81,7 @@ class Replacement:
         before = self._record_from(scope, copy)
         snapshot = Snapshot(nodes.values())
         method = self._method(copy, name, args, kwargs)
-        with _current.pushed(linen):
+        with _current.pushed(Replaced(linen, self.program)):
             result = method(*args, **kwargs)
         if not snapshot.holds():
             self._check_new(copy, captured)
@@ -193,14 +196,22 @@ class Replacement:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A bound Linen module in whose place an NNX module runs, and of which program it is."""
+
+    module: nn.Module
+    program: Program
+
+
 @dataclasses.dataclass
 class _Current(threading.local):
     """The Linen modules in whose places NNX modules run, the innermost last."""
 
-    modules: list[nn.Module | None] = dataclasses.field(default_factory=list)
+    modules: list[Replaced | None] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
-    def pushed(self, module: nn.Module | None) -> Iterator[None]:
+    def pushed(self, module: Replaced | None) -> Iterator[None]:
         self.modules.append(module)
         try:
             yield
@@ -211,7 +222,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def replaced_module() -> nn.Module | None:
+def replaced_module() -> Replaced | None:
     """The bound Linen module in whose place an NNX module runs right now."""
     return _current.modules[-1] if _current.modules else None
 

@@ -11,8 +11,9 @@ from flax.core.scope import Scope
 from flax.errors import FlaxError
 
 from nnx_bridge._collections import Path
+from nnx_bridge.host._binding import path_of
 from nnx_bridge.host._guard import Guard
-from nnx_bridge.host._layout import Layout, is_called, path_of, shapes
+from nnx_bridge.host._layout import Layout, is_called, shapes
 from nnx_bridge.host._marks import has_mark
 from nnx_bridge.host._replacement import Replacement, listing
 
@@ -21,7 +22,7 @@ from nnx_bridge.host._replacement import Replacement, listing
 def replacing(
     replacements: Mapping[Path, Replacement],
     layout: Layout,
-    mark: int | None = None,
+    mark: int,
     base: Path = (),
     guards: Sequence[Guard] = (),
 ) -> Iterator[None]:
@@ -30,33 +31,27 @@ def replacing(
     Args:
       replacements: by the paths of what they replace.
       layout: what is known of the model, for checks of what they return.
-      mark: that of the scopes of the model; by default, every scope is one of them.
+      mark: that of the scopes of the model.
       base: the path of the model, where it is a part of another one.
       guards: what checks each module.
     """
-    running = False
     returned: set[Path] = set()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal running
         path = path_of(context.module)
-        if running or path is None or path[: len(base)] != base:
+        if path is None or path[: len(base)] != base:
             return call(*args, **kwargs)
         for guard in guards:
             guard.check(context.module, path)
         replacement = replacements.get(path[len(base) :])
         name = context.method_name
-        if replacement is None or not (mark is None or has_mark(context.module.scope, mark)):
+        if replacement is None or not has_mark(context.module.scope, mark):
             return call(*args, **kwargs)
         if name == "setup":
             return _set_up(call, context.module.scope)
         if not is_called(context.module, name):
             return call(*args, **kwargs)
-        running = True
-        try:
-            result = replacement(context.module, name, args, kwargs)
-        finally:
-            running = False
+        result = replacement(context.module, name, args, kwargs)
         _check_returned(replacement, layout, name, (args, kwargs), result)
         returned.add(replacement.path)
         return result

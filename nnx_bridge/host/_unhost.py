@@ -16,10 +16,11 @@ from flax.core.scope import Scope
 
 from nnx_bridge import _linen_private
 from nnx_bridge._collections import Path
+from nnx_bridge.host._binding import path_of
 from nnx_bridge.host._guard import Guard
 from nnx_bridge.host._host import Host, host_program
 from nnx_bridge.host._interventions import mark
-from nnx_bridge.host._layout import Layout, path_of
+from nnx_bridge.host._layout import Layout
 from nnx_bridge.host._marks import UNMARKED, joint, places
 from nnx_bridge.host._node_type import received, sent
 from nnx_bridge.host._replacement import Replacement
@@ -59,7 +60,10 @@ def unhost(model: Host) -> tuple[nn.Module, dict[str, Any]]:
     found = contents(model)
     module = program.module
     if found.replacements:
-        replacements = {p: Replacement(p, nnx.clone(m)) for p, m in found.replacements.items()}
+        replacements = {
+            path: Replacement(path, nnx.clone(replacement), program)
+            for path, replacement in found.replacements.items()
+        }
         fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
         module = Migration(type(module), replacements, program.layout).module_class(**fields)
     return module, found.tree
@@ -122,7 +126,7 @@ class Migration:
                 guard = Guard(scope.variables(), self._of_modules, self._marks[0], base)
                 with (
                     _provided(scope, self._replacements.values()),
-                    replacing(self._replacements, self._layout, base=base, guards=[guard]),
+                    replacing(self._replacements, self._layout, self._marks[0], base, [guard]),
                     _linen_private.extra_collections(scope, self._places),
                 ):
                     return function(module, *args, **kwargs)

@@ -230,3 +230,9 @@ def test_sample_inputs_may_hold_an_argument_called_training() -> None:
     assert model.training_arguments == {"training": True}
     chosen = Host.init(Trains(), KEYS, X, training=True)
     assert_trees_equal(model(X, training=True), chosen(X, True))
+
+
+def test_an_argument_called_training_is_no_choice_of_the_mode() -> None:
+    variables = Trains().init(KEYS, X, False)
+    model = Host(Trains(), variables, X, training=False)
+    assert model.training_arguments == {"training": True}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -303,3 +305,99 @@ def test_sharded_initialisation() -> None:
     assert kernel.sharding.spec == jax.P(None, "model")
     expected = module.init(jax.random.key(0), X)["params"]["kernel"].value
     assert_trees_equal(jax.device_get(kernel), jax.device_get(expected))
+
+
+class Described(nn.Module):
+    """Has properties: of its fields, of its variables, and of its submodules."""
+
+    width: int = 4
+    kind = "described"
+
+    def setup(self) -> None:
+        self.first, self.second = nn.Dense(self.width), nn.Dense(4)
+
+    @property
+    def double(self) -> int:
+        return 2 * self.width
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [self.first, self.second]
+
+    @property
+    def norm(self) -> jax.Array:
+        return jnp.linalg.norm(self.first.variables["params"]["kernel"])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Describes(nn.Module):
+    def setup(self) -> None:
+        self.inner = Described()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.inner(x)
+
+
+def test_properties_and_constants_of_the_class_are_those_of_its_modules() -> None:
+    node = hosted(Describes()).inner
+    assert node.double == 8 and node.kind == "described"
+    node.first.kernel[...] = 2 * node.first.kernel[...]
+    assert_trees_equal(node.norm, jnp.linalg.norm(node.first.kernel[...]))
+
+
+def test_modules_in_a_property_are_nodes() -> None:
+    node = hosted(Describes()).inner
+    first, second = node.layers
+    assert first is node.first and second is node.second
+
+
+class Applies(nn.Module):
+    fn: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fn(nn.Dense(4)(x))
+
+
+class GivesFunctions(nn.Module):
+    """Gives a method of its own, and a function with a value of the call, to submodules."""
+
+    def setup(self) -> None:
+        self.dense = nn.Dense(4)
+        self.of_method = Applies(self.twice)
+
+    def twice(self, x: jax.Array) -> jax.Array:
+        return 2 * self.dense(x)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scaled = functools.partial(jnp.multiply, x.mean())
+        return Applies(scaled, name="of_partial")(self.of_method(x))
+
+
+@pytest.mark.parametrize("name", ["of_method", "of_partial"])
+def test_a_field_that_holds_a_part_of_the_call_is_not_used_in_another_call(name: str) -> None:
+    module = GivesFunctions()
+    model = Host(module, module.init(KEYS, X), X)
+    assert_trees_equal(model(X), module.apply(nnx_bridge.unhost(model)[1], X))
+    with pytest.raises(ValueError, match=f"{name}: Applies cannot be called by itself, .* fn are"):
+        model[name](X)
+
+
+class Decodes(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.MultiHeadDotProductAttention(1, decode=True, name="attention")(x)
+
+
+def test_sample_inputs_may_be_those_of_init_where_a_call_takes_others() -> None:
+    whole, module = jnp.ones((1, 3, 4)), Decodes()
+    variables = module.init(KEYS, whole)
+    model = Host(module, variables, whole)
+    assert model.attention.decode and model.attention.query.features == (1, 4)
+    step = whole[:, :1]
+    assert_trees_equal(model(step), module.apply(variables, step, mutable=["cache"])[0])
