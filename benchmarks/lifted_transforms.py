@@ -10,8 +10,8 @@ The forward pass of the loop alone is the hardest of these: one small layer is t
 milliseconds, of which what a lifted call does before and after is not a small part.
 
 A module in which nothing is shared, as here, is taken apart and copied as a JAX pytree, which is
-faster than ``nnx.split`` and ``nnx.merge``. That pays for what raw JAX need not do: the condition of
-`while_loop` gets a module; `jit` compares the structure of the module with those that were
+faster than ``nnx.split`` and ``nnx.merge``. That pays for what raw JAX need not do: the condition
+of `while_loop` gets a module; `jit` compares the structure of the module with those that were
 compiled; `map_variables` shows the user's function nested dicts by collection.
 
 No claim is made where it may not pay for all: in `cond` and `switch` a branch that does not use the
