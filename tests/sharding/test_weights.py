@@ -277,6 +277,17 @@ def test_loops_of_the_reference_in_float64_keep_their_shardings() -> None:
         assert_trees_close(Exact(loop, x)(x), loop(x))
 
 
+def test_the_reference_in_float64_has_the_axes_of_a_shard_map() -> None:
+    setting = Setting("data", "shard_map")
+    _, x, _ = placed(setting)
+
+    def total(part: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.sin(part).sum(), "data")
+
+    mapped = jax.shard_map(total, mesh=setting.mesh, in_specs=setting.spec("batch"), out_specs=P())
+    assert_trees_close(Exact(mapped, x)(x), jnp.sin(x).sum())
+
+
 def test_a_comparison_of_sharded_weights_sees_a_wrong_one() -> None:
     setting = Setting("fsdp", "auto")
     params, x, _ = placed(setting)
