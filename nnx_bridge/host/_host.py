@@ -7,7 +7,8 @@ into the tree. So every Linen model works, and the numbers are those of Linen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -98,8 +99,7 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
         **kwargs: Any,
     ) -> None:
         check_linen_module(module)
-        if not (training is None or isinstance(training, Mapping)):
-            kwargs, training = {**kwargs, "training": training}, None
+        training, kwargs = _mode_or_argument(training, kwargs)
         if not isinstance(variables, Mapping):
             raise TypeError(
                 "variables must be nested dicts by collection, as module.init returns them; got "
@@ -153,17 +153,31 @@ class Host(Node):  # type: ignore[metaclass]  # Flax does not export that of nnx
             (3,)
         """
         check_linen_module(module)
-        if not (training is None or isinstance(training, Mapping)):
-            kwargs, training = {**kwargs, "training": training}, None
+        training, kwargs = _mode_or_argument(training, kwargs)
         keys = draw(rngs) if isinstance(rngs, nnx.Rngs) else rngs
         layout = Layout()
-        with layout.watching():
-            watched = marked(method, [layout.mark])
+        with _watched(layout, method) as watched:
             variables = module.init(keys, *args, method=watched, **kwargs)
         # `nn.jit` runs equal modules by one trace: the first call will see them all.
         layout.complete = layout.has_modules_of(variables)
         options: dict[str, Any] = {"mutable": mutable, "training": training, "_layout": layout}
         return cls(module, variables, rngs=rngs, **options)
+
+
+def _mode_or_argument(
+    training: Any, kwargs: dict[str, Any]
+) -> tuple[Mapping[str, bool] | None, dict[str, Any]]:
+    """``training`` and the sample inputs by keyword, among which it is where it is no mapping."""
+    if training is None or isinstance(training, Mapping):
+        return training, kwargs
+    return None, {**kwargs, "training": training}
+
+
+@contextlib.contextmanager
+def _watched(layout: Layout, method: Method) -> Iterator[Method]:
+    """A method whose modules the layout notes while it runs in this context."""
+    with layout.watching():
+        yield marked(method, [layout.mark])
 
 
 def _layout_of_call(
@@ -181,8 +195,7 @@ def _layout_of_call(
     changeable = DenyList("params") if mutable is None else mutable
 
     def run(variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        with layout.watching():
-            watched = marked(method, [layout.mark])
+        with _watched(layout, method) as watched:
             options: dict[str, Any] = {"rngs": keys, "method": watched, "mutable": changeable}
             module.apply(variables, *args, **options, **kwargs)
 
@@ -216,8 +229,8 @@ def _layout_of_init(
     keys = {"params": jax.random.key(0)}
 
     def init(*args: Any, **kwargs: Any) -> None:
-        with layout.watching():
-            module.init(keys, *args, method=marked(method, [layout.mark]), **kwargs)
+        with _watched(layout, method) as watched:
+            module.init(keys, *args, method=watched, **kwargs)
 
     try:
         if differences(module, variables, args, kwargs, method):

@@ -106,9 +106,8 @@ class Node(Level, metaclass=NodeType):
           ValueError: There are several, and none was chosen.
         """
         place: Place = slots(self)["_linen"]
-        known = place.program.layout.submodules.get(place.path)
-        module = place.program.module if not place.path else known and known.module
-        if not module:
+        module = place.module
+        if module is None:
             return {}
         mode = find_mode(module, method_of(module, None), place.program.training)
         return {**mode.arguments, **mode.fields}

@@ -96,6 +96,14 @@ class Place:
         return None if known is None else known.kind
 
     @property
+    def module(self) -> nn.Module | None:
+        """The Linen module, not bound; None where it is not known, or does not outlive a call."""
+        if not self.path:
+            return self.program.module
+        known = self.program.layout.submodules.get(self.path)
+        return None if known is None else known.module
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The fields of the Linen module, as far as they are known."""
         if self.path:

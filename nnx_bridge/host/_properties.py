@@ -24,8 +24,7 @@ def read_property(top: Level, node: Level, name: str) -> Any:
       name: the attribute.
     """
     place: Place = slots(node)["_linen"]
-    known = place.program.layout.submodules.get(place.path)
-    module = place.program.module if not place.path else known and known.module
+    module = place.module
     if module is not None:
         # One that needs variables, or what `setup` makes, fails on a module that is not bound.
         with contextlib.suppress(AttributeError, FlaxError):
